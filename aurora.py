@@ -1,0 +1,496 @@
+"""Aurora: a draft model that learns while it serves.
+
+    python aurora.py                                the demo: three kinds of traffic, a draft that starts from nothing
+    python aurora.py --draft static --compare       plain, static and online, side by side on the same requests
+    python aurora.py --prompt "def main():"         one answer, drafted tokens coloured
+
+For every request: draft K tokens, verify them with the target, commit what it accepts and one token of its own;
+when the answer is complete, its trace is the draft's next lesson, and the next request is served by what it learned.
+The method is Aurora's (2602.06932); the README numbers the departures.
+
+Letters: B batch rows, T tokens, K drafted tokens a round, R rounds, V vocabulary, D hidden width.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads of a small model stall each other
+
+import argparse
+import codecs
+import copy
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from draft import Draft, load_draft
+from model import UserError, load_target, save
+from pretrain import CLASSES, traffic
+from rl import ESTIMATORS, Learner, Trace
+from verify import accept
+
+HERE = Path(__file__).parent
+ARMS = ("plain", "static", "online")
+PROMPT_BYTES = 128  # of the built-in traffic
+
+
+# ---- one batch of requests, from prompt to trace ---------------------------------------------------
+
+
+@dataclass
+class Request:
+    prompt: list  # token ids, the begin token included
+    max_new_tokens: int
+    seed: int
+    temperature: float
+    kind: str = "prompts"  # class of traffic
+
+
+class Generation:
+    """Speculative decoding of B requests.  K = 0 (no draft) is plain decoding: the same loop, a bonus token a round.
+
+    Row b has committed ids[b, : length[b]].  The target has read all of them but the last; `fresh` is what it
+    has read since the draft looked last: features (B, F, 3D), the token after each, positions, and the index of
+    each row's last true entry."""
+
+    @torch.no_grad()
+    def __init__(self, target, draft, requests, K):
+        self.target, self.draft, self.requests, self.K = target, draft, requests, K
+        self.device = device = target.lm_head.weight.device
+        self.generators = [torch.Generator().manual_seed(r.seed) for r in requests]
+        self.temperature = torch.tensor([r.temperature for r in requests], dtype=torch.float64, device=device)
+        self.length = torch.tensor([len(r.prompt) for r in requests], device=device)
+        self.end = self.length + torch.tensor([r.max_new_tokens for r in requests], device=device)
+        self.committed = [list(r.prompt) for r in requests]
+        self.rounds = [[] for _ in requests]
+        slots = int(self.end.max()) + 2 * K + 1
+        self.target_cache = target.new_cache(len(requests), slots)
+        self.draft_cache = draft.new_cache(len(requests), slots) if draft else None
+
+        longest = int(self.length.max())
+        ids = torch.tensor([r.prompt + [0] * (longest - len(r.prompt)) for r in requests], device=device)
+        positions = torch.arange(longest - 1, device=device).expand(len(requests), -1)
+        _, features = target(ids[:, :-1], positions, self.target_cache)
+        self.fresh = features, ids[:, 1:], positions, self.length - 2
+        self.prompt_features = [features[b, : len(r.prompt) - 1] for b, r in enumerate(requests)]
+        self.last_token = ids.gather(1, self.length[:, None] - 1)  # (B, 1)
+
+    @property
+    def done(self):
+        return bool((self.length >= self.end).all())
+
+    @torch.no_grad()
+    def round(self):
+        """Draft, verify, commit.  Returns per row (accepted tokens, the target's own token); None if complete."""
+        K, start, active = self.K, self.length - 2, self.length < self.end
+        uniforms = torch.stack([torch.rand(2 * K + 1, generator=g, dtype=torch.float64) for g in self.generators])
+        uniforms = uniforms.to(self.device)
+
+        # Draft.
+        draft_tokens, draft_logits = torch.empty(len(self.requests), 0, dtype=torch.int64, device=self.device), None
+        if K:
+            draft_tokens, draft_logits = self.draft.propose(*self.fresh, uniforms[:, :K], self.temperature, self.draft_cache)
+
+        # Verify: the last committed token and the drafted ones, at positions length-1 .. length-1+K.
+        block = torch.cat([self.last_token, draft_tokens], dim=1)  # (B, K+1)
+        positions = (self.length - 1)[:, None] + torch.arange(K + 1, device=self.device)
+        hidden, features = self.target(block, positions, self.target_cache)
+        target_logits = self.target.logits(hidden)  # (B, K+1, V)
+        num_accepted, next_token = accept(target_logits, draft_logits, draft_tokens, uniforms[:, K:], self.temperature)
+
+        # Commit: nothing is undone, the next round goes on from `length` and writes over what was rejected.
+        self.last_token = next_token[:, None]
+        following = torch.cat([draft_tokens, self.last_token], 1).scatter(1, num_accepted[:, None], self.last_token)
+        self.fresh = features, following, positions, num_accepted
+        self.length = self.length + (num_accepted + 1) * active
+        output = []
+        for b, (n, kept, is_active) in enumerate(zip(num_accepted.tolist(), following.tolist(), active.tolist())):
+            output.append((kept[:n], kept[n]) if is_active else None)
+            if is_active:
+                self.committed[b] += kept[: n + 1]
+                logits = draft_logits[b] if K else None
+                self.rounds[b].append((start[b], draft_tokens[b], logits, target_logits[b], features[b, : n + 1], n))
+        return output
+
+    def trace(self, b, version=0):
+        request, rounds = self.requests[b], self.rounds[b]
+        starts, draft_tokens, draft_logits, target_logits, features, accepted = zip(*rounds)
+        draft_tokens = torch.stack(draft_tokens)  # (R, K)
+        behaviour = torch.zeros(draft_tokens.shape, device=self.device)  # greedy proposals are certain
+        if self.K and request.temperature > 0:
+            log_q = (torch.stack(draft_logits).float() / request.temperature).log_softmax(-1)
+            behaviour = log_q.gather(-1, draft_tokens[..., None]).squeeze(-1)
+        return Trace(
+            ids=torch.tensor(self.committed[b], device=self.device), prompt_length=len(request.prompt),
+            features=torch.cat([self.prompt_features[b], *features])[: len(self.committed[b]) - 1].float(),
+            starts=torch.stack(starts), draft_tokens=draft_tokens, behaviour_logprobs=behaviour,
+            target_logits=torch.stack(target_logits), num_accepted=torch.tensor(accepted),
+            temperature=request.temperature, version=version)
+
+
+def generate(target, draft, request, K, version=0):
+    """Answers one request -> (its trace, seconds)."""
+    begun = time.perf_counter()
+    generation = Generation(target, draft, [request], K)
+    while not generation.done:
+        generation.round()
+    return generation.trace(0, version), time.perf_counter() - begun
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+def aurora(target, learner, static, requests, args, journal):
+    """The algorithm: every request is served by the newest draft, and its trace makes the next one."""
+    K = args.num_speculative_tokens
+    served = copy.deepcopy(learner.draft)
+    for index, request in enumerate(requests):
+        for arm in arms(index, len(requests), args):
+            if arm == "plain":
+                trace, seconds = generate(target, None, request, K=0)
+                journal.record(arm, request, trace, seconds)
+            elif arm == "static":
+                trace, seconds = generate(target, static, request, K)
+                journal.record(arm, request, trace, seconds)
+            else:
+                trace, seconds = generate(target, served, request, K, learner.version)  # draft, verify, commit
+                learning = {} if args.no_learn else learner.update(trace)
+                journal.record(arm, request, trace, seconds, **learning)
+                if learner.updates >= (learner.version + 1) * args.publish_every:  # publish
+                    served.load_state_dict(learner.draft.state_dict())
+                    learner.version += 1
+
+
+def arms(index, count, args):
+    """Which arms serve this request, in an order that rotates: whatever drifts on the machine meets them all."""
+    chosen = ARMS if args.compare else ARMS[::2] if index % max(1, count // 4) == 0 else ARMS[2:]
+    turn = index % len(chosen)
+    return chosen[turn:] + chosen[:turn]
+
+
+# ---- what happened, for people and for programs ------------------------------------------------------
+
+
+class Journal:
+    """A record per (request, arm): the bar and the log while it runs, the tables and the report at the end."""
+
+    def __init__(self, args, total):
+        self.records = []
+        self.log = open(args.log, "w") if args.log else None
+        self.bar = tqdm(total=total, unit="request", disable=None if total > 1 else True)
+
+    def record(self, arm, request, trace, seconds, loss=None, learn_seconds=0.0):
+        R, K = trace.draft_tokens.shape
+        histogram = torch.bincount(trace.num_accepted, minlength=K + 1).tolist()  # rounds that kept 0, 1, .. K
+        line = {"arm": arm, "class": request.kind, "seed": request.seed, "draft_version": trace.version,
+                "tokens": min(len(trace.ids) - trace.prompt_length, request.max_new_tokens), "rounds": R,
+                "accepted": int(trace.num_accepted.sum()), "drafted": R * K, "acceptance_histogram": histogram,
+                "mean_acceptance_length": 1 + int(trace.num_accepted.sum()) / R,
+                "serve_seconds": seconds, "learn_seconds": learn_seconds, "update_loss": loss}
+        self.records.append(line)
+        if self.log:
+            print(json.dumps(line), file=self.log, flush=True)
+        if arm == "online":
+            recent = [r for r in self.records[-60:] if r["arm"] == arm][-20:]
+            now = summary(recent)
+            self.bar.set_postfix_str(
+                f"{request.kind}: acceptance length {now['mean_acceptance_length']:.2f}, overlap {overlap(recent):.2f}, "
+                f"{now['tokens_per_second']:.0f} tokens/s, draft v{trace.version}", refresh=False)
+            self.bar.update()
+
+    def of(self, kind, arm):
+        return [r for r in self.records if r["class"] == kind and r["arm"] == arm]
+
+    def report(self):
+        kinds = dict.fromkeys(r["class"] for r in self.records)
+        return {kind: {arm: summary(self.of(kind, arm)) for arm in ARMS if self.of(kind, arm)} for kind in kinds}
+
+    def print(self):
+        rows = [("class", "arm", "requests", "tokens/s", "with learning", "x plain", "accept. length",
+                 "accepted at 1..K", "p50 s", "p95 s", "learn s / serve s")]
+        lines = []
+        for kind, by_arm in self.report().items():
+            plain = by_arm.get("plain")
+            for arm, s in by_arm.items():
+                ratio = f"{s['tokens_per_second'] / plain['tokens_per_second']:.2f}" if plain else "-"
+                rows.append((kind, arm, str(s["requests"]), f"{s['tokens_per_second']:.1f}",
+                             f"{s['tokens_per_second_with_learning']:.1f}", ratio,
+                             f"{s['mean_acceptance_length']:.2f}" if arm != "plain" else "-",
+                             " ".join(f"{x:.2f}" for x in s["acceptance_per_position"]) or "-",
+                             f"{s['latency_p50']:.2f}", f"{s['latency_p95']:.2f}",
+                             f"{s['learn_seconds'] / s['serve_seconds']:.2f}" if arm == "online" else "-"))
+            for arm in ("static", "online"):
+                if self.of(kind, arm):
+                    lengths = [r["mean_acceptance_length"] for r in self.of(kind, arm)]
+                    lines.append(f"{kind:8s} {arm:6s}  {sparkline(lengths)}  {mean(lengths[:5]):.2f} -> {mean(lengths[-5:]):.2f}")
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        print(*("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows), sep="\n")
+        print("\nacceptance length over the requests (scale 1 to K+1; mean of the first and of the last five)", *lines, sep="\n")
+
+    def close(self):
+        self.bar.close()
+        if self.log:
+            self.log.close()
+
+
+def mean(values):
+    return sum(values) / max(1, len(values))
+
+
+def overlap(records):
+    """Of the drafted tokens that were put to the test, the share that was kept: an estimate of alpha."""
+    accepted = sum(r["accepted"] for r in records)
+    tested = accepted + sum(sum(r["acceptance_histogram"][:-1]) for r in records)
+    return accepted / max(1, tested)
+
+
+def summary(records):
+    """Totals and metrics as vLLM defines them; the README has the formulas."""
+    tokens, rounds = sum(r["tokens"] for r in records), sum(r["rounds"] for r in records)
+    serve, learning = sum(r["serve_seconds"] for r in records), sum(r["learn_seconds"] for r in records)
+    histogram = [sum(column) for column in zip(*(r["acceptance_histogram"] for r in records))]
+    latency = sorted(r["serve_seconds"] for r in records)
+    return {"requests": len(records), "tokens": tokens, "serve_seconds": serve, "learn_seconds": learning,
+            "tokens_per_second": tokens / serve, "tokens_per_second_with_learning": tokens / (serve + learning),
+            "mean_acceptance_length": 1 + sum(r["accepted"] for r in records) / rounds,
+            "acceptance_per_position": [sum(histogram[k:]) / rounds for k in range(1, len(histogram))],
+            "latency_p50": latency[len(latency) // 2], "latency_p95": latency[int(0.95 * (len(latency) - 1) + 0.5)]}
+
+
+def sparkline(values, top=None, width=48):
+    width = min(width, len(values))
+    cells = [mean(values[i * len(values) // width : (i + 1) * len(values) // width]) for i in range(width)]
+    low, top = 1.0, top or max(max(cells), 1.01)
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (c - low) / (top - low)))] for c in cells)
+
+
+def plot(journal, path):
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = list(journal.report())
+    figure, axes = pyplot.subplots(figsize=(9, 3.6), constrained_layout=True)
+    for arm, colour in (("static", "tab:gray"), ("online", "tab:orange")):
+        series = [r["mean_acceptance_length"] for kind in kinds for r in journal.of(kind, arm)]
+        if series:
+            window = max(1, len(series) // 40)
+            smooth = [mean(series[max(0, i - window + 1) : i + 1]) for i in range(len(series))]
+            axes.plot(range(1, len(series) + 1), series, ".", color=colour, alpha=0.25, markersize=3)
+            axes.plot(range(1, len(series) + 1), smooth, color=colour, label=f"{arm} draft")
+    edge = 0
+    for kind in kinds:
+        axes.axvline(edge + 0.5, color="black", linewidth=0.5)
+        axes.text(edge + 1, axes.get_ylim()[1], f" {kind}", va="top")
+        edge += len(journal.of(kind, "online"))
+    axes.set(xlabel="requests served", ylabel="acceptance length, tokens per round")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+
+
+# ---- the command line --------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def arguments(argv):
+    parser = Parser(prog="aurora.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    group = parser.add_argument_group("models")
+    group.add_argument("--target", default=str(HERE / "weights/target.pt"), metavar="FILE")
+    group.add_argument("--draft", default="scratch", metavar="scratch|static|FILE|DIR", help="where the online draft starts; DIR resumes what --save kept")
+    group.add_argument("--static", default=str(HERE / "weights/draft.pt"), metavar="FILE", help="the draft that never learns")
+    group = parser.add_argument_group("traffic")
+    group.add_argument("--traffic", default=",".join(CLASSES), help="classes, served one after the other")
+    group.add_argument("--requests", type=int, default=40, help="per class")
+    group.add_argument("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with prompt and, optionally, class")
+    group.add_argument("--prompt", metavar="TEXT", help="answer this one prompt, streaming")
+    group.add_argument("--max-new-tokens", type=int, default=128)
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--num-speculative-tokens", type=int, default=4, metavar="K", help="drafted tokens a round")
+    group.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    group.add_argument("--seed", type=int, default=0)
+    group = parser.add_argument_group("learning")
+    group.add_argument("--estimator", choices=ESTIMATORS, default="log")
+    group.add_argument("--lr", type=float, default=1e-3)
+    group.add_argument("--publish-every", type=int, default=1, metavar="M", help="requests per served version")
+    group.add_argument("--no-learn", action="store_true")
+    group = parser.add_argument_group("measuring and keeping")
+    group.add_argument("--compare", action="store_true", help="plain, static and online on the same requests, interleaved")
+    group.add_argument("--report", metavar="FILE.json")
+    group.add_argument("--log", metavar="FILE.jsonl")
+    group.add_argument("--plot", metavar="FILE.png", help="acceptance length over requests (needs matplotlib)")
+    group.add_argument("--save", metavar="DIR", help="keep the learned drafts and the learner's state")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="cpu")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    group.add_argument("--threads", type=int, default=0, help="0: one for a target under 50M parameters, else as torch chooses")
+    args = parser.parse_args(argv)
+    for name, low in (("requests", 1), ("max_new_tokens", 1), ("num_speculative_tokens", 1), ("publish_every", 1), ("threads", 0)):
+        if getattr(args, name) < low:
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
+    if not 0 <= args.temperature < float("inf"):
+        parser.error(f"--temperature must be 0 or positive, got {args.temperature}")
+    if not 0 < args.lr < float("inf"):
+        parser.error(f"--lr must be positive, got {args.lr}")
+    for path in filter(None, (args.report, args.log, args.plot)):
+        if not Path(path).absolute().parent.is_dir():
+            parser.error(f"cannot write {path}: there is no directory {Path(path).absolute().parent}")
+    return args
+
+
+def encode(text, config):
+    """Bytes after the begin token: the embedded target needs no tokenizer."""
+    if not text:
+        raise UserError("the prompt is empty: give at least one character")
+    return [config.bos_token_id, *text.encode()]
+
+
+def read_prompts(path):
+    """-> [(class, text)]"""
+    try:
+        lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+        if path.endswith(".jsonl"):
+            objects = [json.loads(line) for line in lines]
+            pairs = [(str(o.get("class", "prompts")), o["prompt"]) for o in objects]
+        else:
+            pairs = [("prompts", line) for line in lines]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, AttributeError):
+        raise UserError(f'{path}: expected UTF-8 text, a prompt a line, or in a .jsonl an object with "prompt" a line') from None
+    if not pairs or not all(isinstance(text, str) and text for _, text in pairs):
+        raise UserError(f"{path}: an empty prompt, or none at all")
+    return pairs
+
+
+def built_in_prompts(args):
+    """-> [(class, text)]: stretches of held-out files that start at a line, the same for the same seed."""
+    pairs = []
+    for kind in args.traffic.split(","):
+        if kind not in CLASSES:
+            raise UserError(f"unknown class of traffic {kind!r}: expected some of {','.join(CLASSES)}")
+        texts = [t for t in traffic(kind) if len(t) > 2 * PROMPT_BYTES]
+        chance = random.Random(f"{kind} {args.seed}")
+        for text in chance.choices(texts, weights=[len(t) for t in texts], k=args.requests):
+            start = text.find("\n", chance.randrange(len(text) - 2 * PROMPT_BYTES)) + 1
+            pairs.append((kind, text[start : start + PROMPT_BYTES]))
+    return pairs
+
+
+def make_requests(pairs, args, config):
+    requests = [Request(encode(text, config), args.max_new_tokens, args.seed + i, args.temperature, kind)
+                for i, (kind, text) in enumerate(pairs)]
+    room = config.max_position_embeddings - args.max_new_tokens - 2 * args.num_speculative_tokens - 1
+    for r in requests:
+        if len(r.prompt) > room:
+            raise UserError(f"a prompt of {len(r.prompt)} tokens does not fit: the context of {config.max_position_embeddings} "
+                            f"leaves {max(0, room)} beside --max-new-tokens {args.max_new_tokens}")
+    return requests
+
+
+def load_models(args):
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: no CUDA device here; use --device cpu")
+    torch.manual_seed(args.seed)  # a scratch draft's weights
+    target, _ = load_target(args.target)
+    small = sum(p.numel() for p in target.parameters()) < 50e6  # waking a second thread costs more than it saves
+    if args.threads or small:
+        torch.set_num_threads(args.threads or 1)
+    state = {}
+    if args.draft == "scratch":
+        draft = Draft(target)
+    elif Path(args.draft).is_dir():
+        latest = Path(args.draft) / "latest"
+        if not latest.is_file():
+            raise UserError(f"{args.draft} holds no `latest`: expected a directory that --save wrote")
+        draft, _ = load_draft(Path(args.draft) / latest.read_text().strip() / "draft.pt", target)
+        state = torch.load(Path(args.draft) / "learner.pt", weights_only=True)
+    else:
+        draft, _ = load_draft(args.static if args.draft == "static" else args.draft, target)
+    static = load_draft(args.static, target)[0] if args.compare else None
+    dtype = getattr(torch, args.dtype)
+    target = target.to(args.device, dtype).eval()
+    return target, draft.to(args.device), static.to(args.device) if static else None, state
+
+
+def save_learner(directory, learner, args):
+    """v000123/draft.pt, then learner.pt, then `latest`: what `latest` names is always whole."""
+    name = f"v{learner.version:06d}"
+    save(Path(directory) / name / "draft.pt", learner.draft.config, learner.draft.state_dict(),
+         {"version": learner.version, "estimator": args.estimator, "lr": args.lr})
+    for file, write in (("learner.pt", lambda p: torch.save(learner.state(), p)), ("latest", lambda p: Path(p).write_text(name + "\n"))):
+        write(f"{directory}/{file}.new")
+        Path(f"{directory}/{file}.new").replace(Path(directory) / file)
+
+
+def stream(target, draft, request, args):
+    """Prints the answer as it comes: drafted tokens in one colour, the target's own in another."""
+    colours = ("\033[32m", "\033[33m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    begun, left = time.perf_counter(), request.max_new_tokens
+    generation = Generation(target, draft, [request], args.num_speculative_tokens)
+    while not generation.done:
+        ((kept, own),) = generation.round()
+        for token, colour in [(t, colours[0]) for t in kept] + [(own, colours[1])]:
+            if left > 0:
+                print(colour + decoder.decode(bytes([token])), end=colours[2], flush=True)
+                left -= 1
+    seconds, trace = time.perf_counter() - begun, generation.trace(0)
+    print(f"\n\n{request.max_new_tokens} tokens in {seconds:.2f} s, {len(trace.starts)} rounds, "
+          f"acceptance length {1 + trace.num_accepted.float().mean():.2f}", file=sys.stderr)
+
+
+def facts(target, draft, args, requests):
+    count = lambda model: sum(p.numel() for p in model.parameters())
+    weights = count(target) * target.lm_head.weight.element_size()
+    c = target.config
+    print(f"target   {args.target}: {count(target) / 1e6:.1f}M parameters, {c.num_hidden_layers} layers of {c.hidden_size}, "
+          f"{args.dtype}, {weights / 1e6:.0f} MB of weights a forward, {args.device}, {torch.get_num_threads()} threads\n"
+          f"draft    {args.draft}: {count(draft) / 1e6:.1f}M parameters in one layer, K = {args.num_speculative_tokens}, temperature {args.temperature}\n"
+          f"learner  {'off' if args.no_learn else f'{args.estimator}, lr {args.lr:g}, a version every {args.publish_every} requests'}\n"
+          f"traffic  {', '.join(dict.fromkeys(r.kind for r in requests))}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
+
+
+def main(argv=None):
+    args = arguments(argv)
+    pairs = [("prompt", args.prompt)] if args.prompt is not None else read_prompts(args.prompts) if args.prompts else None
+    target, draft, static, state = load_models(args)
+    requests = make_requests(pairs or built_in_prompts(args), args, target.config)
+    if args.prompt is not None:
+        return stream(target, draft, requests[0], args)
+    learner = Learner(draft, args.estimator, args.lr, seed=args.seed)
+    learner.restore(state)
+    facts(target, draft, args, requests)
+    journal = Journal(args, len(requests))
+    try:
+        aurora(target, learner, static, requests, args, journal)
+    except KeyboardInterrupt:
+        print("\ninterrupted: this is what was served until now", file=sys.stderr)
+    journal.close()
+    if args.save:
+        save_learner(args.save, learner, args)
+    if args.report:
+        config = vars(args) | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        Path(args.report).write_text(json.dumps({"config": config, "classes": journal.report()}, indent=1) + "\n")
+    if args.plot:
+        plot(journal, args.plot)
+    journal.print()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"aurora: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,154 @@
+"""The draft: an EAGLE-3 head (Li et al. 2503.01840) that guesses the target's next K tokens.
+
+It reads three of the target's hidden states, so it starts from what the target already knows.  They are fused
+into one vector g, put beside the embedding of the token that follows, and go through one transformer layer:
+
+    position t:   g_t = fc(features_t),   token x_{t+1}   ->   layer   ->   h_t   ->   head   ->   draft_q of x_{t+2}
+
+That is step 0 of a round.  The target has not seen what comes next, so step k > 0 puts the layer's own output
+h of step k-1 where g stood, and the token drafted at step k-1 where the known token stood, one position on.
+
+Parameter names are those of EAGLE-3 checkpoints.  Departures: the embedding is shared with the target and frozen;
+there is one chain and no tree; the layer's cache is indexed by position, like the target's.
+
+Letters: B batch rows, T tokens, K drafted tokens a round, R round starts, V vocabulary, D hidden width,
+         H heads, G key/value heads, E head width.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from model import MLP, Attention, Cache, UserError, fill, load, rope_table, suppress
+from verify import inverse_cdf, probabilities
+
+
+class Midlayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, input_size=2 * config.hidden_size)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def attention_input(self, g, embedded):
+        return torch.cat([self.input_layernorm(embedded), self.hidden_norm(g)], dim=-1)  # (..., 2D)
+
+    def after_attention(self, g, attended):
+        h = g + attended
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Draft(nn.Module):
+    def __init__(self, target):
+        """Day 0: random weights, with the target's embedding (frozen) and head (trainable) copied in."""
+        super().__init__()
+        config = target.config
+        if config.num_hidden_layers < 7:
+            raise UserError(f"an EAGLE-3 draft reads what enters layers 2, L//2 and L-3, which are three different "
+                            f"layers only if L >= 7: this target has {config.num_hidden_layers} layers")
+        self.config = config = replace(config, num_hidden_layers=1, tie_word_embeddings=False)
+        D = config.hidden_size
+        self.fc = nn.Linear(3 * D, D, bias=False)
+        self.midlayer = Midlayer(config)
+        self.norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
+        self.embed_tokens = nn.Embedding(config.vocab_size, D)
+        for p in self.parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+        with torch.no_grad():
+            self.embed_tokens.weight.copy_(target.model.embed_tokens.weight)
+            self.lm_head.weight.copy_(target.lm_head.weight)
+            self.norm.weight.copy_(target.model.norm.weight)
+        self.embed_tokens.weight.requires_grad_(False)
+        cos, sin = rope_table(config, config.max_position_embeddings)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def logits(self, h):
+        """h (..., D) -> (..., V), the suppressed ids at -inf."""
+        logits = self.lm_head(self.norm(h))
+        return suppress(logits, self.config.suppress_tokens)
+
+    def step(self, g, ids, positions, cache):
+        """One pass of the layer over the cache: g (B, T, D), ids (B, T), positions (B, T) -> h (B, T, D)."""
+        cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+        slots = torch.arange(int(positions.max()) + 1, device=ids.device)
+        mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
+        x = self.midlayer.attention_input(g, self.embed_tokens(ids))
+        attended = self.midlayer.self_attn(x, cos.to(g.dtype), sin.to(g.dtype), mask, positions, cache, 0)
+        return self.midlayer.after_attention(g, attended)
+
+    @torch.no_grad()
+    def propose(self, features, ids, positions, last, coins, temperature, cache):
+        """Draft K tokens for every row.
+
+        features (B, T, 3D), ids (B, T), positions (B, T): what the target has read since the last round, each
+            position with the token that follows it.  They overwrite what the draft had put there from its own
+            guesses.  Row b's true entries are 0..last[b]; what comes after is padding and is written over.
+        coins (B, K) float64, one uniform per drafted token; temperature (B,) float64, 0 = argmax.
+        Returns draft_tokens (B, K) int64 and draft_logits (B, K, V), exactly what they were drawn from.
+        """
+        row = torch.arange(len(ids), device=ids.device)
+        h = self.step(self.fc(features), ids, positions, cache)[row, last][:, None]  # (B, 1, D)
+        position = positions[row, last][:, None]
+        tokens, logits = [], []
+        for k in range(coins.shape[1]):
+            if k > 0:
+                h = self.step(h, tokens[-1][:, None], position + k, cache)
+            logits.append(self.logits(h[:, 0]))
+            tokens.append(inverse_cdf(probabilities(logits[-1], temperature), coins[:, k]))
+        return torch.stack(tokens, 1), torch.stack(logits, 1)
+
+    def replay(self, features, ids, starts, chains):
+        """The logits of many rounds at once, with gradient: what `propose` computed, without its cache.
+
+        features (B, T, 3D) and ids (B, T): a sequence, each position with the token that follows it.
+        starts (B, R): the position of each round's step 0.  chains (B, R, K-1): the tokens fed at steps 1..K-1.
+        Returns (B, R, K, V).  The step-0 keys of the sequence are shared by all rounds; a round adds its own
+        keys one step at a time, so the rounds are the query axis of one attention, not copies of the context."""
+        layer, attention = self.midlayer, self.midlayer.self_attn
+        row = torch.arange(len(ids), device=ids.device)[:, None]
+        T, K = ids.shape[1], chains.shape[2] + 1
+        G = self.config.num_key_value_heads
+
+        g = self.fc(features)
+        x = layer.attention_input(g, self.embed_tokens(ids))
+        q, context_k, context_v = attention.qkv(x, self.cos[None, :T, None].to(g.dtype), self.sin[None, :T, None].to(g.dtype))
+        g, q = g[row, starts], q[row, starts]  # (B, R, ...)
+        future = (torch.arange(T, device=ids.device) > starts[..., None])[:, None, None]  # (B, 1, 1, R, T)
+
+        own_k, own_v, logits = [], [], []
+        for k in range(K):
+            if k > 0:
+                x = layer.attention_input(g, self.embed_tokens(chains[:, :, k - 1]))
+                place = starts + k
+                q, key, value = attention.qkv(x, self.cos[place][:, :, None].to(g.dtype), self.sin[place][:, :, None].to(g.dtype))
+                own_k.append(key)
+                own_v.append(value)
+            q = q.unflatten(2, (G, -1)) * attention.head_dim**-0.5  # (B, R, G, H/G, E)
+            scores = torch.einsum("brghe,bsge->bghrs", q, context_k).masked_fill(future, float("-inf"))
+            own = [torch.einsum("brghe,brge->bghr", q, key) for key in own_k]
+            weights = torch.cat([scores, *(s[..., None] for s in own)], dim=-1).softmax(-1)  # (B, G, H/G, R, T+k)
+            out = torch.einsum("bghrs,bsge->brghe", weights[..., :T], context_v)
+            for j, value in enumerate(own_v):
+                out = out + weights[..., T + j].permute(0, 3, 1, 2)[..., None] * value[:, :, :, None]
+            g = layer.after_attention(g, attention.o_proj(out.flatten(2)))  # (B, R, D)
+            logits.append(self.logits(g))
+        return torch.stack(logits, dim=2)
+
+    def new_cache(self, batch, length):
+        return Cache(self.config, batch, length, self.fc.weight.device, self.fc.weight.dtype)
+
+
+def load_draft(path, target):
+    """A draft that was trained for this target -> (Draft, record)."""
+    config, weights, record = load(path)
+    draft = Draft(target)
+    if config.vocab_size != draft.config.vocab_size:
+        raise UserError(f"{path}: the draft's vocabulary is {config.vocab_size}, the target's {draft.config.vocab_size}: "
+                        "a draft serves the target it was made for")
+    return fill(draft, weights, path), record

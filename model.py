@@ -1,0 +1,224 @@
+"""One Llama-family transformer, for targets and drafts alike.
+
+RMSNorm, rotate-half RoPE, grouped-query attention, SwiGLU; parameter names are Hugging Face's Llama
+names.  Keys and values live in a cache indexed by position, one position per batch row and token, so
+rolling back is nothing but going on from an earlier position: what stands there is written over.
+
+Letters: B batch rows, T tokens of this call, S cache slots, V vocabulary, D hidden width,
+         H heads, G key/value heads, E head width.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+attend = F.scaled_dot_product_attention
+
+
+class UserError(Exception):
+    """What the user gave cannot be used.  The driver prints the message on one line and exits with code 2."""
+
+
+@dataclass
+class Config:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # biases on q, k and v (Qwen2)
+    qk_norm: bool = False  # RMSNorm over each head of q and k, before RoPE (Qwen3)
+    bos_token_id: int | None = None  # prepended to every prompt
+    suppress_tokens: tuple = ()  # ids that are never proposed nor emitted
+
+
+def suppress(logits, ids):
+    """logits (..., V) with -inf at `ids`: tokens that must never be proposed nor emitted."""
+    if not ids:
+        return logits
+    return logits.index_fill(-1, torch.tensor(ids, device=logits.device), float("-inf"))
+
+
+def rope_table(config, length, device=None):
+    """cos and sin, each (length, E) float32, for positions 0..length-1."""
+    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    angles = torch.arange(length, device=device).float()[:, None] / config.rope_theta**exponent  # (length, E/2)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate-half RoPE: x (B, T, heads, E); cos, sin (B or 1, T, 1, E), in x's dtype."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+class Cache:
+    """Keys and values (layers, B, S, G, E), slot = position.  Slots past a row's position hold garbage."""
+
+    def __init__(self, config, batch, length, device=None, dtype=None):
+        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.rows = torch.arange(batch, device=device)[:, None]
+
+
+class Attention(nn.Module):
+    def __init__(self, config, input_size=None):
+        super().__init__()
+        width, D, E = input_size or config.hidden_size, config.hidden_size, config.head_dim
+        self.head_dim = E
+        self.q_proj = nn.Linear(width, config.num_attention_heads * E, bias=config.attention_bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * E, bias=config.attention_bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * E, bias=config.attention_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=False)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(E, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(E, eps=config.rms_norm_eps)
+
+    def qkv(self, x, cos, sin):
+        """x (B, T, width) -> rotated q (B, T, H, E), rotated k and v (B, T, G, E)."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(self, x, cos, sin, mask, positions, cache, layer):
+        q, k, v = self.qkv(x, cos, sin)
+        if cache is not None:
+            cache.k[layer, cache.rows, positions] = k
+            cache.v[layer, cache.rows, positions] = v
+            k, v = cache.k[layer, :, : mask.shape[-1]], cache.v[layer, :, : mask.shape[-1]]
+        out = attend(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+            attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[2] != k.shape[2],
+        )  # (B, H, T, E)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, h, *where):
+        h = h + self.self_attn(self.input_layernorm(h), *where)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        cos, sin = rope_table(config, config.max_position_embeddings)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        L = config.num_hidden_layers
+        self.feature_layers = (2, L // 2, L - 3)  # EAGLE-3's choice; read by drafts
+
+    def forward(self, ids, positions=None, cache=None):
+        """ids (B, T) int64 -> final hidden states (B, T, D) after the norm, features (B, T, 3D).
+
+        With a cache, positions (B, T) says where each token stands; without one, the tokens are the
+        whole sequence.  Features are the hidden states entering `feature_layers`."""
+        if cache is None:
+            cos, sin, mask = self.cos[None, : ids.shape[1]], self.sin[None, : ids.shape[1]], None
+        else:
+            cos, sin = self.cos[positions], self.sin[positions]
+            slots = torch.arange(int(positions.max()) + 1, device=ids.device)
+            mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
+        h = self.model.embed_tokens(ids)
+        cos, sin = cos[:, :, None].to(h.dtype), sin[:, :, None].to(h.dtype)
+        features = []
+        for i, layer in enumerate(self.model.layers):
+            if i in self.feature_layers:
+                features.append(h)
+            h = layer(h, cos, sin, mask, positions, cache, i)
+        return self.model.norm(h), torch.cat(features, dim=-1) if features else None
+
+    def logits(self, hidden):
+        """Final hidden states (..., D) -> logits (..., V), the suppressed ids at -inf."""
+        return suppress(self.lm_head(hidden), self.config.suppress_tokens)
+
+    def new_cache(self, batch, length):
+        weight = self.lm_head.weight
+        return Cache(self.config, batch, length, weight.device, weight.dtype)
+
+
+# ---- checkpoints: one file, {"config", "weights", "record"}, loaded without pickle ----------------
+
+
+def save(path, config, weights, record):
+    """Writes beside `path` and renames, so that what stands there is always whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"config": asdict(config), "weights": weights, "record": record}, f"{path}.new")
+    Path(f"{path}.new").replace(path)
+
+
+def load(path):
+    """-> config (Config), weights (name -> tensor), record (dict of plain values)."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}: give the path of a file that pretrain.py or --save wrote")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return Config(**content["config"]), content["weights"], content["record"]
+    except Exception as error:  # torch raises many kinds for a file that is not its own
+        raise UserError(f"{path} is not a checkpoint of this project ({type(error).__name__})") from None
+
+
+def fill(model, weights, path):
+    """Copies weights into the model: every tensor used, every parameter filled, every shape as expected."""
+    own = model.state_dict()
+    for name in sorted(own.keys() ^ weights.keys()):
+        raise UserError(f"{path}: tensor {name} is {'missing' if name in own else 'not known to this model'}")
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity")
+    model.load_state_dict(weights)
+    return model
+
+
+def load_target(path):
+    config, weights, record = load(path)
+    if config.num_hidden_layers < 2:
+        raise UserError(f"{path} is a draft, not a target: it has {config.num_hidden_layers} layer")
+    return fill(Transformer(config), weights, path), record

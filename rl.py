@@ -1,0 +1,214 @@
+"""The learner: serving is the environment, the draft is the policy, accepted tokens are the reward.
+
+The objective is the expected number of accepted tokens of a round.  With p, q the target's and the draft's
+distribution at each place of the chain, after temperature,
+
+    L = sum_j E_{x ~ q}[ prod_{i<=j} min(1, p_i(x_i) / q_i(x_i)) ] = sum_j sum_x prod_{i<=j} min(p_i, q_i)(x_i).
+
+Textbook REINFORCE, "reward times grad log q", is biased here, because the reward min(1, p/q) depends on q too.
+The right-hand side shows the way out.  Whoever drew the tokens (the draft as it is now, the draft as it was when
+it served, the target itself), divide by the probability with which they were drawn, their *behaviour*:
+
+    L = E_{x ~ behaviour}[ sum_j S_j ],     S_j = prod_{i<=j} a_i,     a_i = min(p_i, q_i)(x_i) / behaviour_i(x_i).
+
+behaviour is a constant, so differentiating S is exact: grad S_j = S_j sum_{i<=j} 1[q_i < p_i] grad log q_i(x_i).
+The indicator 1[q < p] is what the textbook leaves out.  Everything below is this one formula with less variance:
+
+    reinforce    S as it stands (the coins are integrated out), less a baseline that is free:
+                 E_{x ~ behaviour}[(q / behaviour) grad log q] = 0, so b * q / behaviour may be subtracted,
+                 as long as b depends on the tokens before x_i alone.
+    expected     the last factor of each S_j in closed form: sum_j S_{<j} * alpha_j, where alpha_j = sum_v min(p_j, q_j)
+                 is the overlap: every token of the vocabulary is an action, the sampled ones carry the future only.
+    log          sum_j S_{<j} log alpha_j with S held fixed.  NOT an unbiased estimate of grad L: another utility with
+                 the same optimum, q = p, whose gradient is 1/alpha larger where draft and target hardly overlap and
+                 grad alpha vanishes.  It is what learns fastest from a bad start.
+
+All of it is conditional on where rounds start; that the draft also moves the starts is ignored.
+
+Letters: R rounds, K drafted tokens a round, V vocabulary, T tokens of a sequence.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+ESTIMATORS = ("reinforce", "expected", "log")
+
+
+def _log_distributions(draft_logits, target_logits, temperature):
+    """log q with gradient and p without, (R, K, V).  Temperature 0: p is one-hot, q is learned at temperature 1."""
+    dtype = torch.promote_types(draft_logits.dtype, torch.float32)
+    target_logits = target_logits.detach().to(dtype)
+    if temperature == 0:
+        target_p = torch.zeros_like(target_logits).scatter_(-1, target_logits.argmax(-1, keepdim=True), 1.0)
+        return draft_logits.to(dtype).log_softmax(-1), target_p
+    return (draft_logits.to(dtype) / temperature).log_softmax(-1), (target_logits / temperature).softmax(-1)
+
+
+def _chain(draft_logits, target_logits, tokens, temperature, behaviour_logprobs):
+    """The quantities that every estimator is made of, each (R, K); pads (-1) have a = alpha = 0.
+
+    a        min(p, q)(x) / behaviour(x)         alpha  sum_v min(p, q), the overlap
+    ratio    q(x) / behaviour(x)                 below  sum over v with q < p of q: how often the indicator holds
+    `behaviour_logprobs` "draft": drawn from q itself; "target": drawn from p; else log-probabilities (R, K)."""
+    log_q, target_p = _log_distributions(draft_logits, target_logits, temperature)
+    draft_q = log_q.exp()
+    smaller = torch.where(draft_q < target_p, draft_q, target_p)  # min, with the gradient on q alone where q < p
+    real = tokens >= 0
+    ids = tokens.clamp(min=0)[..., None]
+    p, q, least = (x.gather(-1, ids).squeeze(-1) for x in (target_p, draft_q, smaller))
+    if isinstance(behaviour_logprobs, str):
+        behaviour = p if behaviour_logprobs == "target" else q.detach() if temperature > 0 else torch.ones_like(p)
+    else:
+        behaviour = behaviour_logprobs.detach().to(p.dtype).exp()
+    behaviour = torch.where(real, behaviour, 1.0)
+    alpha = smaller.sum(-1) * real
+    below = torch.where(draft_q < target_p, draft_q, 0.0).sum(-1).detach()
+    return least / behaviour * real, alpha, q / behaviour * real, below
+
+
+def _exclusive_cumprod(a):
+    """S_{<i}: the product of the columns before i; 1 at i = 0."""
+    return torch.cat([torch.ones_like(a[:, :1]), a[:, :-1]], dim=1).cumprod(1)
+
+
+def policy_gradient_loss(draft_logits, target_logits, draft_tokens, temperature=1.0, estimator="log",
+                         behaviour_logprobs=None):
+    """Loss whose negated gradient estimates the gradient of the expected accepted tokens per round.
+
+    draft_logits (R, K, V) with gradient; target_logits (R, K, V), rows 0..K-1 of the rounds; draft_tokens (R, K)
+    int64 drawn from the draft, -1 pads; behaviour_logprobs (R, K): their log-probabilities when they were drawn,
+    None if the draft has not changed since (on-policy).  temperature: float, the one that served.
+    Returns a scalar, the mean over rounds.  `reinforce` and `expected` are unbiased from R = 1 on.
+    Raises ValueError for an unknown estimator."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}: expected one of {', '.join(ESTIMATORS)}")
+    behaviour = "draft" if behaviour_logprobs is None else behaviour_logprobs
+    a, alpha, ratio, below = _chain(draft_logits, target_logits, draft_tokens, temperature, behaviour)
+    before = _exclusive_cumprod(a)  # S_{<i}
+    if estimator == "log":
+        return _log_utility(before, alpha)
+    # The baseline guesses what x_i is worth from what stands before it: if the overlap stayed as it is here, the
+    # chain would go on for alpha + alpha^2 + ... tokens; `expected` counts from the token after x_i.
+    K = a.shape[1]
+    ahead = torch.stack([sum((alpha[:, i] ** n for n in range(1, K - i)), torch.zeros_like(alpha[:, i])) for i in range(K)], 1)
+    if estimator == "reinforce":
+        utility, worth = a.cumprod(1), 1 + ahead
+    else:
+        utility, worth = before * alpha, ahead
+    baseline = (before * below * worth).detach() * ratio
+    return -(utility - baseline).sum(1).mean()
+
+
+def target_side_loss(draft_logits, target_logits, target_tokens, temperature=1.0, log=False):
+    """The same objective from the target's own tokens: x ~ p, so behaviour = p and a = min(1, q/p).
+
+    Shapes as above, target_tokens (R, K) drawn from the target, -1 pads.  p does not depend on the draft, so the
+    estimate is unbiased, never stale, and needs no baseline: every token that the target ever emitted is an
+    example, drafted or not.  log=True takes the `log` utility instead."""
+    a, alpha, _, _ = _chain(draft_logits, target_logits, target_tokens, temperature, "target")
+    before = _exclusive_cumprod(a)
+    return _log_utility(before, alpha) if log else -(before * alpha).sum(1).mean()
+
+
+def _log_utility(before, alpha):
+    return -(before.detach() * torch.where(alpha > 0, alpha.clamp(min=1e-9), 1.0).log()).sum(1).mean()
+
+
+def forward_kl_loss(draft_logits, target_logits, temperature=1.0):
+    """sum_k KL(p_k || q_k), mean over rounds: plain distillation, the usual way to train a draft offline."""
+    log_q, target_p = _log_distributions(draft_logits, target_logits, temperature)
+    cross = torch.where(target_p > 0, target_p * log_q, 0.0).sum(-1)
+    entropy = torch.special.entr(target_p).sum(-1)
+    return -(cross + entropy).sum(1).mean()
+
+
+@dataclass
+class Trace:
+    """What one request leaves behind: all that the learner needs, so that it never runs the target."""
+
+    ids: torch.Tensor  # (T+1,) prompt and answer
+    prompt_length: int  # tokens, the begin token included
+    features: torch.Tensor  # (T, 3D) the target's, at every position but the last
+    starts: torch.Tensor  # (R,) position of each round's step 0
+    draft_tokens: torch.Tensor  # (R, K)
+    behaviour_logprobs: torch.Tensor  # (R, K) log draft_q(token) when it was drafted
+    target_logits: torch.Tensor  # (R, K+1, V), rows after a rejection too
+    num_accepted: torch.Tensor  # (R,)
+    temperature: float
+    version: int  # of the draft that served
+
+    def answer_logits(self):
+        """The target's rows at the answer's tokens, one a token: (len(ids) - prompt_length, V)."""
+        return torch.cat([rows[: n + 1] for rows, n in zip(self.target_logits, self.num_accepted.tolist())])
+
+
+def replay_rounds(draft, trace):
+    """The draft's logits (R, K, V) for the rounds of a trace, with gradient."""
+    return draft.replay(trace.features[None], trace.ids[None, 1:], trace.starts[None], trace.draft_tokens[None, :, :-1])[0]
+
+
+def replay_answer(draft, trace, K):
+    """As if a round had started at every answer token and the target's own tokens had been drafted.
+
+    Returns draft logits (R, K, V) with gradient, target logits (R, K, V), tokens (R, K), -1 past the end."""
+    rows, answer = trace.answer_logits(), trace.ids[trace.prompt_length :]
+    R = len(answer)
+    place = torch.arange(R, device=answer.device)[:, None] + torch.arange(K, device=answer.device)  # (R, K)
+    beyond, place = place >= R, place.clamp(max=R - 1)
+    tokens = answer[place]
+    starts = torch.arange(R, device=answer.device) + trace.prompt_length - 2
+    logits = draft.replay(trace.features[None], trace.ids[None, 1:], starts[None], tokens[None, :, :-1])[0]
+    return logits, rows[place], tokens.masked_fill(beyond, -1)
+
+
+class Learner:
+    """Adam on a copy of nothing: it trains the very draft it is given; the driver publishes copies to serve."""
+
+    def __init__(self, draft, estimator="log", lr=1e-3, target_side=0.5, buffer_size=32, replays=1, seed=0):
+        self.draft, self.estimator, self.target_side, self.replays = draft, estimator, target_side, replays
+        parameters = [p for p in draft.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.buffer = deque(maxlen=buffer_size)  # recent traces
+        self.updates, self.version = 0, 0  # Adam steps taken; the version that the driver serves
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def loss(self, trace):
+        K, T = trace.draft_tokens.shape[1], trace.temperature
+        loss = 0.0
+        if self.target_side < 1:  # from the draft's tokens, kept and rejected
+            logits = replay_rounds(self.draft, trace)
+            loss = (1 - self.target_side) * policy_gradient_loss(
+                logits, trace.target_logits[:, :-1], trace.draft_tokens, T, self.estimator, trace.behaviour_logprobs)
+        if self.target_side > 0:  # from the target's
+            loss = loss + self.target_side * target_side_loss(
+                *replay_answer(self.draft, trace, K), T, log=self.estimator == "log")
+        return loss
+
+    def update(self, trace):
+        """One Adam step on this trace and `replays` from the buffer -> {"loss", "learn_seconds"}."""
+        begun = time.perf_counter()
+        picks = torch.randperm(len(self.buffer), generator=self.generator)[: self.replays].tolist()
+        batch = [trace] + [self.buffer[i] for i in picks]
+        losses = []
+        for example in batch:
+            loss = self.loss(example)
+            (loss / len(batch)).backward()
+            losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.buffer.append(trace)
+        self.updates += 1
+        return {"loss": losses[0], "learn_seconds": time.perf_counter() - begun}
+
+    def state(self):
+        """What a resumed learner needs besides the draft's weights.  No trace: those are users' text."""
+        return {"optimizer": self.optimizer.state_dict(), "updates": self.updates, "version": self.version}
+
+    def restore(self, state):
+        if state:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.updates, self.version = state["updates"], state["version"]

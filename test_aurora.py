@@ -1,0 +1,685 @@
+"""The theorems, as tests.  `pytest -q`; about two minutes on two cores.
+
+Statistical tests draw with fixed seeds, so they do not flicker; were the seed drawn anew, each chi-square below
+would raise a false alarm with probability 1e-6 (ALARM_Z).  Models are tiny and random unless the shipped weights
+are what is tested.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import aurora
+import pretrain
+import rl
+from aurora import Generation, Request, generate
+from draft import Draft
+from model import Config, Transformer, UserError, save
+from verify import accept, inverse_cdf, probabilities
+
+HERE = Path(__file__).parent
+ALARM_Z = 4.753  # one-sided normal quantile of 1e-6
+
+
+def assert_law(counts, expected_p):
+    """Chi-square of observed counts (N,) against probabilities (N,); cells expected under 5 times are pooled."""
+    counts, expected = torch.as_tensor(counts).double(), torch.as_tensor(expected_p).double() * sum(counts)
+    assert counts[expected == 0].sum() == 0, "an impossible outcome was drawn"
+    expected, order = expected.sort()
+    counts = counts[order]
+    rare = int((expected.cumsum(0) < 5).sum()) + 1  # the smallest cells, together at least 5
+    counts = torch.cat([counts[:rare].sum()[None], counts[rare:]])
+    expected = torch.cat([expected[:rare].sum()[None], expected[rare:]])
+    chi2, d = ((counts - expected) ** 2 / expected).sum().item(), len(counts) - 1
+    limit = d * (1 - 2 / (9 * d) + ALARM_Z * (2 / (9 * d)) ** 0.5) ** 3  # Wilson-Hilferty
+    assert chi2 < limit, f"chi2 {chi2:.1f} with {d} degrees of freedom, limit {limit:.1f}"
+
+
+def uniforms(*shape, seed=0):
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_config(**changes):
+    sizes = dict(vocab_size=17, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, max_position_embeddings=256, bos_token_id=16, suppress_tokens=(16,))
+    return Config(**(sizes | changes))
+
+
+def tiny_target(seed=0, gain=1.0, dtype=torch.float32, **changes):
+    torch.manual_seed(seed)
+    target = Transformer(tiny_config(**changes))
+    for p in target.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=gain * p.shape[1] ** -0.5)
+    return target.to(dtype).eval()
+
+
+def tiny_draft(target, seed=1):
+    torch.manual_seed(seed)
+    draft = Draft(target).to(target.lm_head.weight.dtype)
+    for p in draft.parameters():
+        if p.ndim == 2 and p.requires_grad:
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    return draft
+
+
+def request(length=9, new=20, seed=0, temperature=1.0):
+    ids = torch.randint(0, 16, (length,), generator=torch.Generator().manual_seed(100 + seed)).tolist()
+    return Request([16, *ids], new, seed, temperature)
+
+
+# ---- the acceptance rule: verify.py ------------------------------------------------------------------
+
+V = 8
+DRAFTS = {  # logits of adversarial drafts against a target with logits z
+    "another": lambda z: torch.randn(z.shape, generator=torch.Generator().manual_seed(5)).double(),
+    "equal": lambda z: z.clone(),
+    "uniform": torch.zeros_like,
+    "opposed": lambda z: -2 * z.clamp(min=-5),
+    "nearly one-hot": lambda z: 30 * torch.nn.functional.one_hot(z.argmin(-1), V).double(),
+    "half impossible": lambda z: z.masked_fill(torch.arange(V) % 2 == 0, float("-inf")),
+}
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+@pytest.mark.parametrize("K", [1, 4])
+def test_every_emitted_token_follows_the_target(name, K, B=30_000):
+    """Lossless: the first emitted token has law target_p_0 exactly, whatever the draft, at every temperature
+    (rows of one batch at different temperatures), and the token after k kept ones has law target_p_k."""
+    g = torch.Generator().manual_seed(K)
+    target = 1.5 * torch.randn(K + 1, V, generator=g).double()
+    target[0, 3] = float("-inf")
+    draft = DRAFTS[name](target[:K])
+    temperature = torch.tensor([0.5, 1.0, 1.7]).double().repeat(B // 3)
+    rows = draft.expand(B, K, V), target.expand(B, K + 1, V)
+    u = uniforms(B, 2 * K + 1, seed=K)
+    tokens = inverse_cdf(probabilities(rows[0], temperature[:, None]), u[:, :K])
+    n, following = accept(rows[1], rows[0], tokens, u[:, K:], temperature)
+    emitted = torch.cat([tokens, following[:, None]], 1).scatter(1, n[:, None], following[:, None])
+    for t in (0.5, 1.0, 1.7):
+        for k in range(K + 1):
+            reached = (temperature == t) & (n >= k)  # x_k was emitted, by either route
+            if reached.sum() > 200:
+                counts = torch.bincount(emitted[reached, k], minlength=V)
+                assert_law(counts, (target[k] / t).softmax(-1))
+
+
+def toy_tables(seed, K=3, V=4, scale=1.0):
+    """Logits for every prefix shorter than K: {prefix: (V,)}, a whole tiny language."""
+    g = torch.Generator().manual_seed(seed)
+    return {x: scale * torch.randn(V, generator=g, dtype=torch.float64)
+            for k in range(K + 1) for x in itertools.product(range(V), repeat=k)}
+
+
+def test_joint_law_of_length_and_tokens(K=2, V=3, B=120_000):
+    """P(n, tokens) of a round on an enumerable language, from the coins' definition; and the marginal of the
+    first three tokens, continued by the target, is the target's own."""
+    p, q = toy_tables(1, K, V), toy_tables(2, K, V)
+    P, Q = ({x: z.softmax(-1) for x, z in table.items()} for table in (p, q))
+    joint = {}
+    for x in itertools.product(range(V), repeat=K):
+        reach, drafted = 1.0, 1.0
+        for k in range(K + 1):
+            if k == K:
+                mass, weight = P[x], reach * drafted
+            else:
+                mass = (P[x[:k]] - Q[x[:k]]).clamp(min=0)
+                weight = reach * drafted * Q[x[:k]][x[k]] * (1 - min(1, P[x[:k]][x[k]] / Q[x[:k]][x[k]]))
+            for v in range(V):
+                key = (k, *x[:k], v)
+                # a chain is enumerated once per continuation: count each rejection at its own drafted token only
+                if k == K or all(c == 0 for c in x[k + 1 :]):
+                    joint[key] = joint.get(key, 0.0) + float(weight * mass[v] / mass.sum()) if mass.sum() > 0 else 0.0
+            if k < K:
+                reach = reach * min(1, P[x[:k]][x[k]] / Q[x[:k]][x[k]])
+                drafted = drafted * Q[x[:k]][x[k]]
+    assert abs(sum(joint.values()) - 1) < 1e-12
+    u, chains = uniforms(B, 2 * K + 1, seed=3), [()] * B
+    for k in range(K):
+        logits = torch.stack([q[x] for x in chains])
+        token = inverse_cdf(logits.softmax(-1), u[:, k]).tolist()
+        chains = [(*x, t) for x, t in zip(chains, token)]
+    target = torch.stack([torch.stack([p[x[:k]] for k in range(K + 1)]) for x in chains])
+    draft = torch.stack([torch.stack([q[x[:k]] for k in range(K)]) for x in chains])
+    n, following = accept(target, draft, torch.tensor(chains), u[:, K:])
+    seen = Counter((k, *x[:k], v) for k, x, v in zip(n.tolist(), chains, following.tolist()))
+    assert set(seen) <= set(joint)
+    assert_law([seen[key] for key in joint], list(joint.values()))
+
+
+def test_tail_is_drawn_at_its_rate():
+    """A token of probability 1e-7 owns exactly 1e-7 of the coin's range, at V = 200,000."""
+    V = 200_000
+    logits = torch.full((1, 1, V), float("-inf"))
+    logits[0, 0, 0], logits[0, 0, V - 1] = 0.0, torch.tensor(1e-7).log()
+    none = torch.empty(1, 0, dtype=torch.int64)
+    for coin, token in ((1 - 0.5e-7, V - 1), (1 - 0.99e-7, V - 1), (1 - 1.01e-7, 0), (0.0, 0), (1 - 2**-53, V - 1)):
+        assert accept(logits, None, none, torch.tensor([[coin]], dtype=torch.float64))[1].item() == token
+    flat = torch.zeros(1, 1, V)  # and 200,000 equal ones share it evenly
+    for coin in (0.25, 0.5, 0.99999, 1 - 2**-53):
+        assert abs(accept(flat, None, none, torch.tensor([[coin]], dtype=torch.float64))[1].item() - int(coin * V)) <= 1
+
+
+def test_greedy_is_argmax_and_rows_keep_their_own_temperature():
+    target = torch.tensor([[0.0, 3, 1], [2, 0, 1], [0, 0, 5]]).repeat(3, 1, 1)
+    tokens = torch.tensor([[1, 0], [1, 1], [2, 0]])
+    n, following = accept(target, torch.zeros(3, 2, 3), tokens, uniforms(3, 3), 0.0)
+    assert n.tolist() == [2, 1, 0] and following.tolist() == [2, 0, 1]
+    mixed = accept(target, torch.zeros(3, 2, 3), tokens, uniforms(3, 3), torch.tensor([0.0, 1.0, 0.0]))
+    assert mixed[0].tolist()[::2] == [2, 0] and mixed[1].tolist()[::2] == [2, 1]
+
+
+def test_impossible_tokens_are_never_kept_nor_drawn():
+    inf = float("inf")
+    target = torch.tensor([[[-inf, 0.0, 0.0], [0.0, -inf, 0.0]]])
+    draft = torch.zeros(1, 1, 3)
+    for last in (0.0, 0.5, 1 - 2**-53):
+        n, following = accept(target, draft, torch.tensor([[0]]), torch.tensor([[0.0, last]], dtype=torch.float64))
+        assert n.item() == 0 and following.item() != 0
+        n, following = accept(target, draft, torch.tensor([[1]]), torch.tensor([[0.0, last]], dtype=torch.float64))
+        assert n.item() == 1 and following.item() != 1
+
+
+def test_empty_residual_still_gives_a_possible_token():
+    """draft_q = target_p, and a coin that rejects by rounding: forced here by a token that q does not allow."""
+    inf = float("inf")
+    logits = torch.tensor([[[0.0, 1.0, -inf], [0.0, 0.0, 0.0]]])
+    for last in (0.0, 0.3, 1 - 2**-53):
+        n, following = accept(logits, logits[:, :1], torch.tensor([[2]]), torch.tensor([[0.9, last]], dtype=torch.float64))
+        assert n.item() == 0 and following.item() in (0, 1)
+
+
+def test_pads_end_the_chain_and_take_target_p(B=20_000):
+    target = torch.randn(1, 3, V, generator=torch.Generator().manual_seed(0)).expand(B, 3, V)
+    draft = torch.full((B, 2, V), float("nan"))  # a pad's draft row is not read
+    draft[:, 0] = target[:, 0]  # the first token is always kept
+    tokens = torch.stack([torch.full((B,), 2), torch.full((B,), -1)], 1)
+    n, following = accept(target, draft, tokens, uniforms(B, 3))
+    assert (n == 1).all()
+    assert_law(torch.bincount(following, minlength=V), target[0, 1].double().softmax(-1))
+
+
+def test_outright_proposals_are_one_hot(B=20_000):
+    target = torch.randn(1, 2, V, generator=torch.Generator().manual_seed(0)).expand(B, 2, V)
+    n, following = accept(target, None, torch.full((B, 1), 5), uniforms(B, 2))
+    first = torch.where(n == 1, 5, following)
+    p = target[0, 0].double().softmax(-1)
+    assert_law(torch.bincount(first, minlength=V), p)
+    assert_law(torch.bincount(n, minlength=2), torch.stack([1 - p[5], p[5]]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_rows_raise_only_where_they_are_read(bad):
+    target, draft, tokens = torch.zeros(1, 3, 4), torch.zeros(1, 2, 4), torch.tensor([[0, 1]])
+    target[0, 0, 0] = float("-inf")  # token 0 is rejected: rows 1 and 2 are never read
+    broken = target.clone()
+    broken[0, 1:, 2] = bad
+    accept(broken, draft, tokens, uniforms(1, 3))
+    for rows in (target, draft):
+        broken = rows.clone()
+        broken[0, 0, 2] = bad
+        with pytest.raises(ValueError, match="without a distribution"):
+            accept(*((broken, draft) if rows is target else (target, broken)), tokens, uniforms(1, 3))
+    broken = torch.zeros(1, 1, 4)
+    broken[0, 0, 1] = bad
+    with pytest.raises(ValueError, match="without a distribution"):
+        accept(broken, None, torch.empty(1, 0, dtype=torch.int64), uniforms(1, 1), 0.0)
+
+
+def test_accept_checks_its_arguments():
+    target, draft, tokens, coins = torch.zeros(2, 3, 4), torch.zeros(2, 2, 4), torch.zeros(2, 2, dtype=torch.int64), uniforms(2, 3)
+    for change in (dict(target_logits=target[:, :2]), dict(draft_logits=draft[:, :1]), dict(draft_tokens=tokens + 4),
+                   dict(draft_tokens=tokens - 2), dict(draft_tokens=tokens.int()), dict(coins=coins.float()),
+                   dict(coins=coins + 1), dict(coins=coins[:, :2]), dict(temperature=-1.0), dict(temperature=float("nan"))):
+        arguments = dict(target_logits=target, draft_logits=draft, draft_tokens=tokens, coins=coins, temperature=1.0) | change
+        with pytest.raises(ValueError):
+            accept(**arguments)
+    n, following = accept(target[:0], draft[:0], tokens[:0], coins[:0])
+    assert n.shape == following.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_any_float_dtype_decides_as_its_values_in_float64(dtype):
+    target, draft = (torch.randn(50, k, 31).to(dtype) for k in (4, 3))
+    tokens, coins = torch.randint(31, (50, 3)), uniforms(50, 4)
+    for a, b in zip(accept(target, draft, tokens, coins), accept(target.double(), draft.double(), tokens, coins)):
+        assert torch.equal(a, b)
+
+
+# ---- the models: cache, rounds, replay ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [{}, dict(qk_norm=True, attention_bias=True), dict(tie_word_embeddings=True)])
+def test_cache_equals_no_cache_with_rows_at_different_positions_and_after_rollback(variant):
+    target = tiny_target(dtype=torch.float64, **variant)
+    ids = torch.randint(0, 16, (2, 40), generator=torch.Generator().manual_seed(0))
+    whole, features = target(ids)
+    cache = target.new_cache(2, 48)
+    starts, done = torch.tensor([20, 11]), torch.tensor([20, 11])
+    target(ids[:, :20], torch.arange(20).expand(2, -1), cache)  # row 1 read garbage after its 11 tokens
+    for width in (3, 1, 5):
+        at = done[:, None] + torch.arange(width)
+        target(torch.randint(0, 16, (2, width)), at, cache)  # rejected tokens, to be written over
+        hidden, seen = target(ids.gather(1, at), at, cache)
+        for b in range(2):
+            torch.testing.assert_close(hidden[b], whole[b, at[b]], atol=1e-12, rtol=0)
+            torch.testing.assert_close(seen[b], features[b, at[b]], atol=1e-12, rtol=0)
+        done = done + width
+    assert (done - starts == 9).all()
+
+
+def test_future_tokens_do_not_matter():
+    target = tiny_target()
+    ids = torch.randint(0, 16, (1, 30))
+    other = ids.clone()
+    other[0, 20:] = (other[0, 20:] + 1) % 16
+    torch.testing.assert_close(target(ids)[0][:, :20], target(other)[0][:, :20])
+
+
+class Oracle:
+    """Knows the greedy answer and spoils some of it: rounds of every length, so every rollback."""
+
+    def __init__(self, answer, vocabulary, spoil=0.3):
+        self.answer, self.vocabulary, self.spoil = torch.tensor(answer + [0] * 20), vocabulary, spoil
+
+    def new_cache(self, batch, length):
+        return None
+
+    def propose(self, features, ids, positions, last, coins, temperature, cache):
+        at = positions[0, last[0]] + 2  # the place after the last committed token
+        tokens = self.answer[at : at + coins.shape[1]][None]
+        return torch.where(coins < self.spoil, (tokens + 1) % 16, tokens), torch.zeros(1, coins.shape[1], self.vocabulary)
+
+
+@pytest.mark.parametrize("K", [1, 4])
+def test_greedy_speculative_equals_greedy_plain(K):
+    """Token for token in float32.  Different row counts round differently: a first difference is excused only
+    where the two best logits of the plain run are within 1e-4 of each other."""
+    target, lengths = tiny_target(gain=2.0), set()
+    for seed in range(5):
+        plain, _ = generate(target, None, request(seed=seed, temperature=0.0, new=50), 0)
+        for draft in (tiny_draft(target), Oracle(plain.ids.tolist(), 17)):
+            fast, _ = generate(target, draft, request(seed=seed, temperature=0.0, new=50), K)
+            lengths |= set(fast.num_accepted.tolist())
+            a, b = plain.ids.tolist(), fast.ids.tolist()[: len(plain.ids)]
+            if a != b:
+                first = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
+                top = plain.answer_logits()[first - plain.prompt_length].topk(2).values
+                assert top[0] - top[1] < 1e-4, f"token {first} differs and is no near-tie"
+    assert lengths == set(range(K + 1)), "some round lengths never occurred: they were not tested"
+
+
+def test_rows_do_not_depend_on_their_neighbours(K=3):
+    """In float64, where row counts do not change a decision: a batch of four, each row equal to itself alone."""
+    target = tiny_target(gain=2.0, dtype=torch.float64)
+    draft = tiny_draft(target)
+    requests = [request(length=4 + 5 * i, new=10 + 7 * i, seed=i, temperature=[0.0, 0.7, 1.0, 1.3][i]) for i in range(4)]
+    batch = Generation(target, draft, requests, K)
+    while not batch.done:
+        batch.round()
+    lengths = set()
+    for b, r in enumerate(requests):
+        alone, _ = generate(target, draft, r, K)
+        assert batch.trace(b).ids.tolist() == alone.ids.tolist()
+        lengths |= set(alone.num_accepted.tolist())
+    assert len(lengths) > 1, "rounds of one length only: nothing was tested"
+
+
+@pytest.mark.parametrize("K", [0, 1, 3])
+def test_law_of_generated_text_is_the_targets(K, B=6000):
+    """Whole path: prompt -> rounds -> text.  The joint law of the first three tokens against the target's own
+    probabilities, multiplied out over all 4^3 continuations."""
+    target = tiny_target(gain=2.0, vocab_size=5, bos_token_id=4, suppress_tokens=(4,))
+    draft = tiny_draft(target)
+    temperature, prompt = 0.8, [4, 1, 2, 0, 3, 3]
+    run = Generation(target, draft if K else None, [Request(prompt, 3, seed, temperature) for seed in range(B)], K)
+    while not run.done:
+        run.round()
+    counts = Counter(tuple(ids[6:9]) for ids in run.committed)
+    texts = list(itertools.product(range(4), repeat=3))
+    hidden, _ = target(torch.tensor([prompt + list(x) for x in texts]))
+    log_p = (target.logits(hidden).double() / temperature).log_softmax(-1)[:, 5:8]
+    p = log_p.gather(-1, torch.tensor(texts)[..., None]).sum((1, 2)).exp()
+    assert_law([counts[x] for x in texts], p.detach())
+
+
+def test_replay_reproduces_the_served_draft_logits(K=4):
+    """The learner's gradient is that of the policy that served: same logits to 1e-5 in float32, prompts of
+    different lengths in one batch, rows 0..K-1 of every round, after rejections too."""
+    target = tiny_target()
+    draft = tiny_draft(target)
+    requests = [request(length=3 + 8 * i, new=40, seed=i) for i in range(3)]
+    run = Generation(target, draft, requests, K)
+    while not run.done:
+        run.round()
+    for b in range(3):
+        served = torch.stack([r[2] for r in run.rounds[b]])
+        trace = run.trace(b)
+        replayed = rl.replay_rounds(draft, trace)
+        finite = served.isfinite()
+        assert (replayed.isfinite() == finite).all()
+        assert (replayed - served)[finite].abs().max() < 1e-5
+        log_q = replayed.log_softmax(-1).gather(-1, trace.draft_tokens[..., None]).squeeze(-1)
+        torch.testing.assert_close(log_q.detach(), trace.behaviour_logprobs, atol=1e-5, rtol=0)
+
+
+def test_a_trace_holds_the_targets_rows_and_features(K=3):
+    """answer_logits is the target on the answer; features are those of the whole text; replay_answer pairs
+    each start with the target's rows and tokens that follow it."""
+    target = tiny_target()
+    draft = tiny_draft(target)
+    trace, _ = generate(target, draft, request(new=30), K)
+    hidden, features = target(trace.ids[None])
+    logits = target.logits(hidden)[0]
+    finite = torch.arange(16)
+    torch.testing.assert_close(trace.features, features[0, :-1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(trace.answer_logits()[:, finite], logits[trace.prompt_length - 1 : -1, finite], atol=1e-5, rtol=0)
+    drafted, rows, tokens = rl.replay_answer(draft, trace, K)
+    for r in (0, 5, len(tokens) - 1):
+        for k in range(K):
+            at = trace.prompt_length + r + k  # the token that (r, k) is about
+            if at < len(trace.ids):
+                assert tokens[r, k] == trace.ids[at]
+                torch.testing.assert_close(rows[r, k, finite], logits[at - 1, finite], atol=1e-5, rtol=0)
+            else:
+                assert tokens[r, k] == -1
+    first = rl.replay_rounds(draft, trace)[0, 0]  # the same place, seen by both replays
+    torch.testing.assert_close(drafted[0, 0], first, atol=1e-5, rtol=0)
+
+
+def test_shallow_target_is_refused():
+    with pytest.raises(UserError, match="6 layers"):
+        Draft(tiny_target(num_hidden_layers=6))
+
+
+# ---- the learner: rl.py ---------------------------------------------------------------------------------
+
+
+def enumerated(estimate, drawn_from, theta, target, K=3, V=4):
+    """sum over all chains of P(chain) * grad(loss of that chain alone), and the exact gradient of L."""
+    chains = list(itertools.product(range(V), repeat=K))
+    stack = lambda table, x: torch.stack([table[x[:k]] for k in range(K)])
+    gradient = {x: torch.zeros(V, dtype=torch.float64) for x in theta}
+    exact = 0.0
+    for x in chains:
+        q, p = stack(theta, x), stack(target, x)
+        behaviour = torch.stack([drawn_from[x[:k]].softmax(-1)[x[k]] for k in range(K)]).detach()
+        loss = estimate(q[None], p[None], torch.tensor([x]), behaviour.log()[None])
+        for key, g in zip(theta, torch.autograd.grad(loss, list(theta.values()), allow_unused=True, retain_graph=True)):
+            if g is not None:
+                gradient[key] += -behaviour.prod() * g
+        least = torch.minimum(q.softmax(-1), p.softmax(-1))[torch.arange(K), list(x)].cumprod(0)
+        # a prefix of length j is enumerated V^(K-j) times
+        exact = exact + (least / V ** torch.arange(K - 1, -1, -1).double()).sum()
+    exact = torch.autograd.grad(exact, list(theta.values()), allow_unused=True)
+    flat = lambda gs: torch.cat([g if g is not None else torch.zeros(V, dtype=torch.float64) for g in gs])
+    return flat(gradient.values()), flat(exact)
+
+
+def textbook(q, p, tokens, _):
+    """reward = accepted tokens from here on, times grad log q.  The counter-example."""
+    log_q = q.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    log_p = p.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    survival = (log_p - log_q).exp().clamp(max=1).cumprod(1).detach()
+    future = survival.flip(1).cumsum(1).flip(1)
+    return -(log_q * future).sum(1).mean()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gradients_are_unbiased_by_enumeration(seed):
+    """V = 4, K = 3, every chain weighed by its probability, loss taken at R = 1: equal to autograd of the
+    enumerated objective to 1e-9, on-policy, off-policy and from the target's tokens; textbook REINFORCE is not."""
+    theta = {x: z.requires_grad_() for x, z in toy_tables(10 + seed).items() if len(x) < 3}
+    target = {x: theta[x].detach() + 0.6 * z for x, z in toy_tables(30 + seed).items() if len(x) < 3}  # a good draft's
+    old = toy_tables(40 + seed, scale=0.5)
+    pg = rl.policy_gradient_loss
+    for name in ("reinforce", "expected"):
+        for drawn, behaviour in ((theta, lambda b: None), (theta, lambda b: b), (old, lambda b: b)):
+            estimate = lambda q, p, x, b: pg(q, p, x, 1.0, name, behaviour(b))
+            got, exact = enumerated(estimate, drawn, theta, target)
+            torch.testing.assert_close(got, exact, atol=1e-9, rtol=0, msg=f"{name} is biased")
+    got, exact = enumerated(lambda q, p, x, b: rl.target_side_loss(q, p, x), target, theta, target)
+    torch.testing.assert_close(got, exact, atol=1e-9, rtol=0)
+    got, exact = enumerated(textbook, theta, theta, target)
+    cosine = torch.nn.functional.cosine_similarity(got, exact, dim=0)
+    assert cosine < 0.8 and (got - exact).abs().max() > 1e-2, f"the textbook should be biased, cosine {cosine:.3f}"
+
+
+def test_each_step_of_the_ladder_cuts_variance():
+    """Trace of the covariance over all chains: `expected` below `reinforce`, and both below them without baseline."""
+    theta = {x: z.requires_grad_() for x, z in toy_tables(10).items() if len(x) < 3}
+    target, second = toy_tables(20), {}
+    for name in ("reinforce", "expected"):
+        total = 0.0
+        for x in itertools.product(range(4), repeat=3):
+            q, p = (torch.stack([t[x[:k]] for k in range(3)])[None] for t in (theta, target))
+            gs = torch.autograd.grad(rl.policy_gradient_loss(q, p, torch.tensor([x]), 1.0, name), list(theta.values()), allow_unused=True)
+            weight = torch.stack([q[0, k].softmax(-1)[x[k]] for k in range(3)]).prod().item()
+            total += weight * sum((g**2).sum().item() for g in gs if g is not None)
+        second[name] = total
+    assert second["expected"] < second["reinforce"]
+
+
+@pytest.mark.parametrize("estimator", rl.ESTIMATORS)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_pads_temperature_and_mean_over_rounds(estimator, temperature):
+    """A padded position takes no part; the loss is a mean over rounds; temperature scales both sides (0: one-hot)."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(5, 3, 6, generator=g, dtype=torch.float64).requires_grad_()
+    p, tokens = torch.randn(5, 3, 6, generator=g, dtype=torch.float64), torch.randint(6, (5, 3), generator=g)
+    loss = lambda q, p, x, t=temperature: rl.policy_gradient_loss(q, p, x, t, estimator)
+    each = torch.stack([loss(q[r : r + 1], p[r : r + 1], tokens[r : r + 1]) for r in range(5)])
+    torch.testing.assert_close(loss(q, p, tokens), each.mean())
+    padded = torch.cat([tokens[:, :2], torch.full((5, 1), -1)], 1)
+    grad = torch.autograd.grad(loss(q, p, padded), q)[0]
+    assert grad[:, 2].abs().max() == 0 and grad[:, 0].abs().max() > 0
+    if temperature == 0.7:
+        torch.testing.assert_close(loss(q, p, tokens), loss(q / 0.7, p / 0.7, tokens, 1.0))
+
+
+def test_suppressed_ids_give_finite_gradients():
+    for temperature in (0.0, 0.8):
+        p, tokens = torch.randn(4, 3, 6), torch.randint(5, (4, 3))
+        p[..., 5] = float("-inf")
+        raw = torch.randn(4, 3, 6, requires_grad=True)
+        q = raw.index_fill(-1, torch.tensor([5]), float("-inf"))
+        losses = [rl.policy_gradient_loss(q, p, tokens, temperature, e) for e in rl.ESTIMATORS]
+        losses += [rl.target_side_loss(q, p, p.argmax(-1), temperature, log) for log in (False, True)]
+        losses += [rl.forward_kl_loss(q, p, temperature)]
+        for loss in losses:
+            grad = torch.autograd.grad(loss, raw, retain_graph=True)[0]
+            assert loss.isfinite() and grad.isfinite().all() and grad.abs().max() > 0
+
+
+def test_unknown_estimator_is_refused():
+    with pytest.raises(ValueError, match="unknown estimator"):
+        rl.policy_gradient_loss(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64), estimator="x")
+
+
+@pytest.mark.parametrize("estimator, temperature", [("log", 0.7), ("expected", 0.7), ("log", 0.0)])
+def test_serving_teaches_the_draft(estimator, temperature):
+    """30 requests: the acceptance length of the last ten is well over that of the first ten."""
+    target = tiny_target(gain=2.0)
+    with torch.no_grad():  # layers that say little: the next token hangs on the last one, which 30 requests can teach
+        for layer in target.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.down_proj.weight.mul_(0.1)
+    learner = rl.Learner(Draft(target), estimator, lr=1e-2)
+    lengths = []
+    for seed in range(30):
+        trace, _ = generate(target, learner.draft, request(seed=seed, new=48, temperature=temperature), 3)
+        learner.update(trace)
+        lengths.append(1 + trace.num_accepted.float().mean().item())
+    assert sum(lengths[-10:]) > 1.12 * sum(lengths[:10]), lengths
+
+
+# ---- the driver: aurora.py ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny byte-level target, a static draft for it, and a file of prompts."""
+    folder = tmp_path_factory.mktemp("aurora")
+    target = tiny_target(vocab_size=257, bos_token_id=256, suppress_tokens=(256,))
+    save(folder / "target.pt", target.config, target.state_dict(), {})
+    draft = Draft(target)
+    save(folder / "draft.pt", draft.config, draft.state_dict(), {})
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"prompt {i}", "class": "ab"[i // 3]}) + "\n" for i in range(6)))
+    return folder
+
+
+def run(files, *more):
+    aurora.main(["--target", f"{files}/target.pt", "--static", f"{files}/draft.pt", "--prompts", f"{files}/prompts.jsonl",
+                 "--max-new-tokens", "12", *more])
+
+
+def test_compare_reports_all_arms_and_logs_every_request(files, tmp_path, capsys):
+    run(files, "--compare", "--report", f"{tmp_path}/r.json", "--log", f"{tmp_path}/l.jsonl")
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert set(report) == {"config", "classes"} and set(report["classes"]) == {"a", "b"}
+    for arms in report["classes"].values():
+        assert set(arms) == {"plain", "static", "online"}
+        for arm, s in arms.items():
+            assert set(s) == {"requests", "tokens", "serve_seconds", "learn_seconds", "tokens_per_second",
+                              "tokens_per_second_with_learning", "mean_acceptance_length", "acceptance_per_position",
+                              "latency_p50", "latency_p95"}
+            assert s["requests"] == 3 and s["tokens"] == 36 and (s["learn_seconds"] > 0) == (arm == "online")
+            assert abs(s["mean_acceptance_length"] - 1 - sum(s["acceptance_per_position"])) < 1e-9
+    lines = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
+    assert len(lines) == 18 and [x["draft_version"] for x in lines if x["arm"] == "online"] == list(range(6))
+    for x in lines:
+        h = x["acceptance_histogram"]
+        assert sum(h) == x["rounds"] and sum(i * n for i, n in enumerate(h)) == x["accepted"]
+    assert "prompt 1" not in (tmp_path / "l.jsonl").read_text(), "prompts are the user's"
+    assert "online" in capsys.readouterr().out
+
+
+def test_same_seed_same_tokens_and_no_learn_keeps_the_draft(files, tmp_path):
+    for name in ("x", "y"):
+        run(files, "--draft", "static", "--no-learn", "--log", f"{tmp_path}/{name}", "--save", f"{tmp_path}/saved")
+    x, y = ([json.loads(line) for line in (tmp_path / n).read_text().splitlines()] for n in "xy")
+    assert [r["acceptance_histogram"] for r in x] == [r["acceptance_histogram"] for r in y]
+    before, after = (torch.load(p, weights_only=True)["weights"] for p in (files / "draft.pt", tmp_path / "saved/v000000/draft.pt"))
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_save_and_resume_continue_the_versions(files, tmp_path):
+    run(files, "--save", f"{tmp_path}/kept", "--publish-every", "2")
+    assert (tmp_path / "kept/latest").read_text() == "v000003\n"
+    run(files, "--draft", f"{tmp_path}/kept", "--save", f"{tmp_path}/kept", "--publish-every", "2")
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["latest", "learner.pt", "v000003", "v000006"]
+    assert torch.load(tmp_path / "kept/learner.pt", weights_only=True)["updates"] == 12
+    assert b"prompt 1" not in b"".join(p.read_bytes() for p in (tmp_path / "kept").rglob("*") if p.is_file())
+
+
+def test_interrupt_keeps_what_was_served(files, tmp_path, monkeypatch, capsys):
+    served = []
+
+    def until_interrupted(*args, **kwargs):
+        if len(served) == 3:
+            raise KeyboardInterrupt
+        served.append(1)
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(aurora, "generate", until_interrupted)
+    run(files, "--save", f"{tmp_path}/kept", "--report", f"{tmp_path}/r.json")
+    captured = capsys.readouterr()
+    assert "interrupted" in captured.err and "online" in captured.out
+    assert (tmp_path / "kept/latest").exists() and (tmp_path / "r.json").exists()
+
+
+def test_one_prompt_is_answered_without_colours_in_a_pipe(files, capsys):
+    run(files, "--prompt", "hello", "--draft", "static")
+    captured = capsys.readouterr()
+    assert "\033" not in captured.out and "12 tokens" in captured.err
+
+
+BAD = {
+    "no checkpoint": ["--target", "nowhere.pt"],
+    "not a checkpoint": ["--target", __file__],
+    "no directory": ["--report", "/nowhere/at/all.json"],
+    "is a draft": ["--target", "DRAFT"],
+    "not known|missing|shape|draft": ["--static", "TARGET", "--draft", "static"],
+    "at least 1": ["--num-speculative-tokens", "0"],
+    "unknown class": ["--traffic", "python,perl"],
+    "empty": ["--prompt", ""],
+    "does not fit": ["--prompt", "x" * 250],
+    "cannot read": ["--prompts", "nowhere.txt"],
+    "expected UTF-8": ["--prompts", "BROKEN"],
+    "unrecognized": ["--frobnicate"],
+    "invalid choice": ["--estimator", "magic"],
+    "must be positive": ["--lr", "0"],
+    "positive, got -1": ["--temperature", "-1"],
+    "holds no": ["--draft", "FOLDER"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_one_clear_line(files, tmp_path, message):
+    (tmp_path / "broken.jsonl").write_text('{"prompt": 1\n')
+    names = {"DRAFT": files / "draft.pt", "TARGET": files / "target.pt", "BROKEN": tmp_path / "broken.jsonl", "FOLDER": tmp_path}
+    arguments = ["--target", f"{files}/target.pt", "--static", f"{files}/draft.pt", *(str(names.get(a, a)) for a in BAD[message])]
+    with pytest.raises(UserError, match=message) as error:
+        aurora.main(arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_input_exits_with_2_and_no_traceback(files):
+    done = subprocess.run([sys.executable, HERE / "aurora.py", "--target", "nowhere.pt"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "nowhere.pt" in done.stderr
+
+
+def test_vocabulary_mismatch_is_refused(files, tmp_path):
+    other = tiny_target()
+    save(tmp_path / "other.pt", Draft(other).config, Draft(other).state_dict(), {})
+    with pytest.raises(UserError, match="vocabulary is 17, the target's 257"):
+        run(files, "--draft", f"{tmp_path}/other.pt")
+
+
+# ---- the corpus and the shipped weights --------------------------------------------------------------------
+
+
+def test_splits_do_not_cross():
+    """A name has one split; no file is in two classes; docs cut from a file are not in its source."""
+    names = [(kind, name) for kind, name, _ in pretrain.documents(("traffic",))]
+    assert {pretrain.split_of(name) for _, name in names} == {"traffic"} and {k for k, _ in names} == set(pretrain.CLASSES)
+    assert len(set(names)) == len(names)
+    docs = {name: text for _, name, text in pretrain.documents(("traffic",), ("docs",))}
+    runs = lambda text: set(zip(*([line.strip() for line in text.split("\n") if line.strip()][i:] for i in range(4))))
+    for _, name, text in pretrain.documents(("traffic",), ("python",)):
+        assert not runs(docs.get(name, "")) & runs(text), f"{name} holds four lines of its own docs"
+
+
+def test_repeats_are_removed():
+    seen = set()
+    block = "".join(f"    a line of some length, number {i}\n" for i in range(5))
+    assert pretrain.without_repeats("first\n" + block, seen) == "first\n" + block
+    assert pretrain.without_repeats("second\n" + block + "third\n", seen) == "second\nthird\n"
+
+
+WEIGHTS = HERE / "weights"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_shipped_weights_speculate(temperature):
+    """The shipped target and static draft on their own traffic: more than two tokens a round."""
+    args = aurora.arguments(["--traffic", "python", "--requests", "2", "--max-new-tokens", "48", "--temperature", str(temperature), "--draft", "static"])
+    target, draft, _, _ = aurora.load_models(args)
+    assert sum(p.numel() for p in target.parameters()) > 8e6 and (WEIGHTS / "target.pt").stat().st_size < 25e6
+    for r in aurora.make_requests(aurora.built_in_prompts(args), args, target.config):
+        trace, _ = generate(target, draft, r, 4)
+        assert 1 + trace.num_accepted.float().mean() > 1.8
+        assert 256 not in trace.ids[1:].tolist()
+        if temperature == 0:
+            plain, _ = generate(target, None, r, 0)
+            a, b = plain.ids.tolist(), trace.ids.tolist()[: len(plain.ids)]
+            first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+            if first is not None:
+                top = plain.answer_logits()[first - plain.prompt_length].topk(2).values
+                assert top[0] - top[1] < 1e-3
