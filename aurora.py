@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads of a sma
 import argparse
 import codecs
 import copy
+import importlib.util
 import json
 import random
 import sys
@@ -36,7 +37,7 @@ from verify import accept
 
 HERE = Path(__file__).parent
 ARMS = ("plain", "static", "online")
-PROMPT_BYTES = 128  # of the built-in traffic
+PROMPT_LENGTH = 128  # characters, of the built-in traffic
 
 
 # ---- one batch of requests, from prompt to trace ---------------------------------------------------
@@ -104,6 +105,7 @@ class Generation:
         num_accepted, next_token = accept(target_logits, draft_logits, draft_tokens, uniforms[:, K:], self.temperature)
 
         # Commit: nothing is undone, the next round goes on from `length` and writes over what was rejected.
+        num_accepted = num_accepted * active  # a finished row stands still
         self.last_token = next_token[:, None]
         following = torch.cat([draft_tokens, self.last_token], 1).scatter(1, num_accepted[:, None], self.last_token)
         self.fresh = features, following, positions, num_accepted
@@ -127,7 +129,7 @@ class Generation:
             behaviour = log_q.gather(-1, draft_tokens[..., None]).squeeze(-1)
         return Trace(
             ids=torch.tensor(self.committed[b], device=self.device), prompt_length=len(request.prompt),
-            features=torch.cat([self.prompt_features[b], *features])[: len(self.committed[b]) - 1].float(),
+            features=torch.cat([self.prompt_features[b], *features])[: len(self.committed[b]) - 1],
             starts=torch.stack(starts), draft_tokens=draft_tokens, behaviour_logprobs=behaviour,
             target_logits=torch.stack(target_logits), num_accepted=torch.tensor(accepted),
             temperature=request.temperature, version=version)
@@ -139,7 +141,8 @@ def generate(target, draft, request, K, version=0):
     generation = Generation(target, draft, [request], K)
     while not generation.done:
         generation.round()
-    return generation.trace(0, version), time.perf_counter() - begun
+    seconds = time.perf_counter() - begun
+    return generation.trace(0, version), seconds
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -149,28 +152,36 @@ def aurora(target, learner, static, requests, args, journal):
     """The algorithm: every request is served by the newest draft, and its trace makes the next one."""
     K = args.num_speculative_tokens
     served = copy.deepcopy(learner.draft)
-    for index, request in enumerate(requests):
-        for arm in arms(index, len(requests), args):
-            if arm == "plain":
-                trace, seconds = generate(target, None, request, K=0)
-                journal.record(arm, request, trace, seconds)
-            elif arm == "static":
-                trace, seconds = generate(target, static, request, K)
-                journal.record(arm, request, trace, seconds)
-            else:
+    for request, arms in plan(requests, args.compare):
+        for arm in arms:
+            if arm == "online":
                 trace, seconds = generate(target, served, request, K, learner.version)  # draft, verify, commit
                 learning = {} if args.no_learn else learner.update(trace)
-                journal.record(arm, request, trace, seconds, **learning)
-                if learner.updates >= (learner.version + 1) * args.publish_every:  # publish
-                    served.load_state_dict(learner.draft.state_dict())
-                    learner.version += 1
+                if learning and learner.updates % args.publish_every == 0:
+                    served.load_state_dict(learner.publish())
+            elif arm == "static":
+                trace, seconds, learning = *generate(target, static, request, K), {}
+            else:
+                trace, seconds, learning = *generate(target, None, request, K=0), {}
+            journal.record(arm, request, trace, seconds, **learning)
 
 
-def arms(index, count, args):
-    """Which arms serve this request, in an order that rotates: whatever drifts on the machine meets them all."""
-    chosen = ARMS if args.compare else ARMS[::2] if index % max(1, count // 4) == 0 else ARMS[2:]
-    turn = index % len(chosen)
-    return chosen[turn:] + chosen[:turn]
+def plan(requests, compare):
+    """Which arms serve each request: all three, or the online one and, four times a class, plain decoding.  Their
+    order rotates, so that whatever drifts on the machine meets them all."""
+    by_class, turns, out = {}, 0, []
+    for request in requests:
+        by_class.setdefault(request.kind, []).append(request)
+    for same in by_class.values():
+        for index, request in enumerate(same):
+            arms = ("plain", "static", "online") if compare else ("plain", "online")
+            if compare or index % -(-len(same) // 4) == 0:
+                turn, turns = turns % len(arms), turns + 1
+                arms = arms[turn:] + arms[:turn]
+            else:
+                arms = ("online",)
+            out.append((request, arms))
+    return out
 
 
 # ---- what happened, for people and for programs ------------------------------------------------------
@@ -211,9 +222,10 @@ class Journal:
         return {kind: {arm: summary(self.of(kind, arm)) for arm in ARMS if self.of(kind, arm)} for kind in kinds}
 
     def print(self):
+        if not self.records:
+            return
         rows = [("class", "arm", "requests", "tokens/s", "with learning", "x plain", "accept. length",
                  "accepted at 1..K", "p50 s", "p95 s", "learn s / serve s")]
-        lines = []
         for kind, by_arm in self.report().items():
             plain = by_arm.get("plain")
             for arm, s in by_arm.items():
@@ -224,13 +236,15 @@ class Journal:
                              " ".join(f"{x:.2f}" for x in s["acceptance_per_position"]) or "-",
                              f"{s['latency_p50']:.2f}", f"{s['latency_p95']:.2f}",
                              f"{s['learn_seconds'] / s['serve_seconds']:.2f}" if arm == "online" else "-"))
-            for arm in ("static", "online"):
-                if self.of(kind, arm):
-                    lengths = [r["mean_acceptance_length"] for r in self.of(kind, arm)]
-                    lines.append(f"{kind:8s} {arm:6s}  {sparkline(lengths)}  {mean(lengths[:5]):.2f} -> {mean(lengths[-5:]):.2f}")
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         print(*("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows), sep="\n")
-        print("\nacceptance length over the requests (scale 1 to K+1; mean of the first and of the last five)", *lines, sep="\n")
+        curves = {(kind, arm): [r["mean_acceptance_length"] for r in self.of(kind, arm)]
+                  for kind in self.report() for arm in ("static", "online") if self.of(kind, arm)}
+        cells = {name: bucketed(curve, 48) for name, curve in curves.items()}
+        top = max(max(c) for c in cells.values()) if cells else 1.0
+        print(f"\nacceptance length over the requests, from 1 to {top:.2f}, and the mean of the first and of the last five")
+        for (kind, arm), curve in curves.items():
+            print(f"{kind:8s} {arm:6s}  {sparkline(cells[kind, arm], 1.0, top)}  {mean(curve[:5]):.2f} -> {mean(curve[-5:]):.2f}")
 
     def close(self):
         self.bar.close()
@@ -262,18 +276,18 @@ def summary(records):
             "latency_p50": latency[len(latency) // 2], "latency_p95": latency[int(0.95 * (len(latency) - 1) + 0.5)]}
 
 
-def sparkline(values, top=None, width=48):
+def bucketed(values, width):
     width = min(width, len(values))
-    cells = [mean(values[i * len(values) // width : (i + 1) * len(values) // width]) for i in range(width)]
-    low, top = 1.0, top or max(max(cells), 1.01)
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (c - low) / (top - low)))] for c in cells)
+    return [mean(values[i * len(values) // width : (i + 1) * len(values) // width]) for i in range(width)]
+
+
+def sparkline(values, low, top):
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (v - low) / max(top - low, 1e-9)))] for v in values)
 
 
 def plot(journal, path):
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -313,8 +327,9 @@ def arguments(argv):
     group = parser.add_argument_group("traffic")
     group.add_argument("--traffic", default=",".join(CLASSES), help="classes, served one after the other")
     group.add_argument("--requests", type=int, default=40, help="per class")
-    group.add_argument("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with prompt and, optionally, class")
-    group.add_argument("--prompt", metavar="TEXT", help="answer this one prompt, streaming")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with prompt and, optionally, class")
+    one.add_argument("--prompt", metavar="TEXT", help="answer this one prompt, streaming")
     group.add_argument("--max-new-tokens", type=int, default=128)
     group = parser.add_argument_group("decoding")
     group.add_argument("--num-speculative-tokens", type=int, default=4, metavar="K", help="drafted tokens a round")
@@ -322,6 +337,7 @@ def arguments(argv):
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("learning")
     group.add_argument("--estimator", choices=ESTIMATORS, default="log")
+    group.add_argument("--target-side", type=float, default=0.5, metavar="SHARE", help="of the loss that comes from the target's own tokens, 0 to 1")
     group.add_argument("--lr", type=float, default=1e-3)
     group.add_argument("--publish-every", type=int, default=1, metavar="M", help="requests per served version")
     group.add_argument("--no-learn", action="store_true")
@@ -339,27 +355,52 @@ def arguments(argv):
     for name, low in (("requests", 1), ("max_new_tokens", 1), ("num_speculative_tokens", 1), ("publish_every", 1), ("threads", 0)):
         if getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
-    if not 0 <= args.temperature < float("inf"):
-        parser.error(f"--temperature must be 0 or positive, got {args.temperature}")
+    if args.temperature and not 0.01 <= args.temperature < float("inf"):
+        parser.error(f"--temperature must be 0 (greedy) or at least 0.01, got {args.temperature}")
     if not 0 < args.lr < float("inf"):
         parser.error(f"--lr must be positive, got {args.lr}")
-    for path in filter(None, (args.report, args.log, args.plot)):
-        if not Path(path).absolute().parent.is_dir():
-            parser.error(f"cannot write {path}: there is no directory {Path(path).absolute().parent}")
+    if not 0 <= args.target_side <= 1:
+        parser.error(f"--target-side must lie in 0..1, got {args.target_side}")
+    if not 0 <= args.seed < 2**31:
+        parser.error(f"--seed must lie in 0..2^31-1, got {args.seed}")
+    check_outputs(args, parser)
     return args
+
+
+def check_outputs(args, parser):
+    """Before anything is computed: can everything that was asked for be written at the end?"""
+    files = [path for path in (args.report, args.log, args.plot) if path is not None]
+    if args.prompt is not None and (files or args.save or args.compare):
+        parser.error("--prompt only answers: it goes with none of --report, --log, --plot, --save, --compare")
+    for path in files:
+        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+            parser.error(f"cannot write {path}: it is a directory, or the one it should stand in does not exist")
+    if args.save and (Path(args.save).exists() and not Path(args.save).is_dir()):
+        parser.error(f"cannot save in {args.save}: it is a file, expected a directory")
+    if args.plot:
+        if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
+            parser.error(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")
+        if not importlib.util.find_spec("matplotlib"):
+            parser.error("--plot needs matplotlib: pip install -r requirements-plot.txt")
 
 
 def encode(text, config):
     """Bytes after the begin token: the embedded target needs no tokenizer."""
+    if (config.vocab_size, config.bos_token_id) != (257, 256):
+        raise UserError(f"this target is not byte-level: its vocabulary is {config.vocab_size} and its begin token "
+                        f"{config.bos_token_id}, expected 257 and 256")
     if not text:
         raise UserError("the prompt is empty: give at least one character")
-    return [config.bos_token_id, *text.encode()]
+    try:
+        return [config.bos_token_id, *text.encode()]
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not valid Unicode text") from None
 
 
 def read_prompts(path):
     """-> [(class, text)]"""
     try:
-        lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+        lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
         if path.endswith(".jsonl"):
             objects = [json.loads(line) for line in lines]
             pairs = [(str(o.get("class", "prompts")), o["prompt"]) for o in objects]
@@ -367,7 +408,7 @@ def read_prompts(path):
             pairs = [("prompts", line) for line in lines]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f'{path}: expected UTF-8 text, a prompt a line, or in a .jsonl an object with "prompt" a line') from None
     if not pairs or not all(isinstance(text, str) and text for _, text in pairs):
         raise UserError(f"{path}: an empty prompt, or none at all")
@@ -380,28 +421,30 @@ def built_in_prompts(args):
     for kind in args.traffic.split(","):
         if kind not in CLASSES:
             raise UserError(f"unknown class of traffic {kind!r}: expected some of {','.join(CLASSES)}")
-        texts = [t for t in traffic(kind) if len(t) > 2 * PROMPT_BYTES]
+        texts = [t for t in traffic(kind) if len(t) > 2 * PROMPT_LENGTH]
         chance = random.Random(f"{kind} {args.seed}")
         for text in chance.choices(texts, weights=[len(t) for t in texts], k=args.requests):
-            start = text.find("\n", chance.randrange(len(text) - 2 * PROMPT_BYTES)) + 1
-            pairs.append((kind, text[start : start + PROMPT_BYTES]))
+            start = text.find("\n", chance.randrange(len(text) - 2 * PROMPT_LENGTH)) + 1
+            pairs.append((kind, text[start : start + PROMPT_LENGTH]))
     return pairs
 
 
 def make_requests(pairs, args, config):
-    requests = [Request(encode(text, config), args.max_new_tokens, args.seed + i, args.temperature, kind)
+    requests = [Request(encode(text, config), args.max_new_tokens, args.seed * 1_000_003 + i, args.temperature, kind)
                 for i, (kind, text) in enumerate(pairs)]
     room = config.max_position_embeddings - args.max_new_tokens - 2 * args.num_speculative_tokens - 1
     for r in requests:
         if len(r.prompt) > room:
             raise UserError(f"a prompt of {len(r.prompt)} tokens does not fit: the context of {config.max_position_embeddings} "
-                            f"leaves {max(0, room)} beside --max-new-tokens {args.max_new_tokens}")
+                            f"leaves {max(0, room)} beside --max-new-tokens {args.max_new_tokens} and --num-speculative-tokens {args.num_speculative_tokens}")
     return requests
 
 
 def load_models(args):
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: no CUDA device here; use --device cpu")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {args.device} is not to be had here; try --device cpu") from None
     torch.manual_seed(args.seed)  # a scratch draft's weights
     target, _ = load_target(args.target)
     small = sum(p.numel() for p in target.parameters()) < 50e6  # waking a second thread costs more than it saves
@@ -411,11 +454,7 @@ def load_models(args):
     if args.draft == "scratch":
         draft = Draft(target)
     elif Path(args.draft).is_dir():
-        latest = Path(args.draft) / "latest"
-        if not latest.is_file():
-            raise UserError(f"{args.draft} holds no `latest`: expected a directory that --save wrote")
-        draft, _ = load_draft(Path(args.draft) / latest.read_text().strip() / "draft.pt", target)
-        state = torch.load(Path(args.draft) / "learner.pt", weights_only=True)
+        draft, state = load_learner(Path(args.draft), target)
     else:
         draft, _ = load_draft(args.static if args.draft == "static" else args.draft, target)
     static = load_draft(args.static, target)[0] if args.compare else None
@@ -429,9 +468,27 @@ def save_learner(directory, learner, args):
     name = f"v{learner.version:06d}"
     save(Path(directory) / name / "draft.pt", learner.draft.config, learner.draft.state_dict(),
          {"version": learner.version, "estimator": args.estimator, "lr": args.lr})
-    for file, write in (("learner.pt", lambda p: torch.save(learner.state(), p)), ("latest", lambda p: Path(p).write_text(name + "\n"))):
-        write(f"{directory}/{file}.new")
-        Path(f"{directory}/{file}.new").replace(Path(directory) / file)
+    torch.save(learner.state(), f"{directory}/learner.pt.new")
+    Path(f"{directory}/learner.pt.new").replace(f"{directory}/learner.pt")
+    Path(f"{directory}/latest.new").write_text(name + "\n")
+    Path(f"{directory}/latest.new").replace(f"{directory}/latest")
+
+
+def load_learner(directory, target):
+    """-> the latest draft that --save kept there, and the learner's state; or the draft of one version's directory."""
+    if (directory / "draft.pt").is_file():
+        return load_draft(directory / "draft.pt", target)[0], {}
+    if not (directory / "latest").is_file():
+        raise UserError(f"{directory} holds no `latest`: expected a directory that --save wrote")
+    name = (directory / "latest").read_text().strip()
+    try:
+        state = torch.load(directory / "learner.pt", map_location="cpu", weights_only=True)
+        whole = f"v{state['version']:06d}" == name
+    except Exception as error:  # torch raises many kinds for a file that is not its own
+        raise UserError(f"{directory}/learner.pt cannot be read ({type(error).__name__})") from None
+    if not whole:
+        raise UserError(f"{directory}: learner.pt is of v{state['version']:06d}, `latest` says {name}; give the draft's own directory")
+    return load_draft(directory / name / "draft.pt", target)[0], state
 
 
 def stream(target, draft, request, args):
@@ -446,6 +503,7 @@ def stream(target, draft, request, args):
             if left > 0:
                 print(colour + decoder.decode(bytes([token])), end=colours[2], flush=True)
                 left -= 1
+    print(decoder.decode(b"", final=True), end="")
     seconds, trace = time.perf_counter() - begun, generation.trace(0)
     print(f"\n\n{request.max_new_tokens} tokens in {seconds:.2f} s, {len(trace.starts)} rounds, "
           f"acceptance length {1 + trace.num_accepted.float().mean():.2f}", file=sys.stderr)
@@ -458,7 +516,7 @@ def facts(target, draft, args, requests):
     print(f"target   {args.target}: {count(target) / 1e6:.1f}M parameters, {c.num_hidden_layers} layers of {c.hidden_size}, "
           f"{args.dtype}, {weights / 1e6:.0f} MB of weights a forward, {args.device}, {torch.get_num_threads()} threads\n"
           f"draft    {args.draft}: {count(draft) / 1e6:.1f}M parameters in one layer, K = {args.num_speculative_tokens}, temperature {args.temperature}\n"
-          f"learner  {'off' if args.no_learn else f'{args.estimator}, lr {args.lr:g}, a version every {args.publish_every} requests'}\n"
+          f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, a version every {args.publish_every} requests'}\n"
           f"traffic  {', '.join(dict.fromkeys(r.kind for r in requests))}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
 
 
@@ -469,23 +527,28 @@ def main(argv=None):
     requests = make_requests(pairs or built_in_prompts(args), args, target.config)
     if args.prompt is not None:
         return stream(target, draft, requests[0], args)
-    learner = Learner(draft, args.estimator, args.lr, seed=args.seed)
+    learner = Learner(draft, args.estimator, args.lr, args.target_side, seed=args.seed)
     learner.restore(state)
     facts(target, draft, args, requests)
-    journal = Journal(args, len(requests))
+    journal, trouble = Journal(args, len(requests)), None
     try:
         aurora(target, learner, static, requests, args, journal)
     except KeyboardInterrupt:
         print("\ninterrupted: this is what was served until now", file=sys.stderr)
+    except UserError as error:
+        trouble = error
     journal.close()
+    journal.print()
     if args.save:
+        learner.publish()
         save_learner(args.save, learner, args)
     if args.report:
         config = vars(args) | {"torch": torch.__version__, "threads": torch.get_num_threads()}
         Path(args.report).write_text(json.dumps({"config": config, "classes": journal.report()}, indent=1) + "\n")
     if args.plot:
         plot(journal, args.plot)
-    journal.print()
+    if trouble:
+        raise trouble
 
 
 if __name__ == "__main__":
@@ -494,3 +557,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"aurora: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

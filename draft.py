@@ -93,7 +93,8 @@ class Draft(nn.Module):
         Returns draft_tokens (B, K) int64 and draft_logits (B, K, V), exactly what they were drawn from.
         """
         row = torch.arange(len(ids), device=ids.device)
-        h = self.step(self.fc(features), ids, positions, cache)[row, last][:, None]  # (B, 1, D)
+        g = self.fc(features.to(self.fc.weight.dtype))
+        h = self.step(g, ids, positions, cache)[row, last][:, None]  # (B, 1, D)
         position = positions[row, last][:, None]
         tokens, logits = [], []
         for k in range(coins.shape[1]):
@@ -115,7 +116,7 @@ class Draft(nn.Module):
         T, K = ids.shape[1], chains.shape[2] + 1
         G = self.config.num_key_value_heads
 
-        g = self.fc(features)
+        g = self.fc(features.to(self.fc.weight.dtype))
         x = layer.attention_input(g, self.embed_tokens(ids))
         q, context_k, context_v = attention.qkv(x, self.cos[None, :T, None].to(g.dtype), self.sin[None, :T, None].to(g.dtype))
         g, q = g[row, starts], q[row, starts]  # (B, R, ...)

@@ -37,6 +37,7 @@ from draft import Draft, load_draft
 from model import Config, Transformer, load_target, save
 
 BOS = 256
+WEIGHTS = Path(__file__).parent / "weights"
 CLASSES = ("python", "cpp", "docs")
 TEMPERATURE = 0.8  # at which drafts are trained and measured, aurora.py's default
 LONG_DOCSTRING = 300  # characters; shorter ones stay in the source
@@ -229,7 +230,7 @@ def optimizers(model):
             torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def train(model, args, minutes, checkpoint, batch_loss, evaluate):
+def train(model, minutes, checkpoint, batch_loss, evaluate):
     """Runs `minutes` of steps, resuming from `checkpoint`; batch_loss(step, progress) -> (loss, bytes); every tenth
     of the way evaluate() is printed and kept.  Short warm-up, constant rate, linear decay over the last third."""
     opts = optimizers(model)
@@ -302,9 +303,9 @@ def train_target(args, texts):
         transformer.attend = F.scaled_dot_product_attention
         return {c: round(bits_per_byte(model, as_bytes(texts[c]["eval"]), count=6), 3) for c in CLASSES}
 
-    history = train(model, args, args.minutes, args.checkpoint or "target.ckpt", batch_loss, evaluate)
+    history = train(model, args.minutes, args.checkpoint or "target.ckpt", batch_loss, evaluate)
     weights = {n: t.to(torch.bfloat16) for n, t in model.state_dict().items()}
-    save(args.out or "weights/target.pt", TARGET, weights, record(texts, bits_per_byte=history, minutes=args.minutes))
+    save(args.out or WEIGHTS / "target.pt", TARGET, weights, record(texts, bits_per_byte=history, minutes=args.minutes))
 
 
 # ---- the static drafts ---------------------------------------------------------------------------
@@ -334,7 +335,10 @@ def draft_loss(target, draft, ids, starts, K, objective):
 
 @torch.no_grad()
 def held_out_overlap(target, draft, stream, K, count=12, length=512):
-    """Overlap at each place of the chain, given that it is reached (K,), and the acceptance length it makes."""
+    """Overlap at each place of the chain, given that it is reached (K,), and the acceptance length it makes.
+
+    The text's own tokens stand in for draws from the target, so this tracks training and is not a forecast of what
+    serving sees, where the target writes the context too: aurora.py --compare measures that."""
     ids = windows(stream, count, length)
     starts = torch.arange(128, length - 1 - K, 2).expand(count, -1)
     draft_logits, target_logits, tokens = chains(target, draft, ids, starts, K)
@@ -362,22 +366,22 @@ def train_draft(args, texts, classes):
     def evaluate():
         return {c: held_out_overlap(target, draft, held[c], K) for c in CLASSES}
 
-    history = train(draft, args, args.minutes, args.checkpoint or "draft.ckpt", batch_loss, evaluate)
-    save(args.out or "weights/draft.pt", draft.config, {n: t.to(torch.bfloat16) for n, t in draft.state_dict().items()},
+    history = train(draft, args.minutes, args.checkpoint or "draft.ckpt", batch_loss, evaluate)
+    save(args.out or WEIGHTS / "draft.pt", draft.config, {n: t.to(torch.bfloat16) for n, t in draft.state_dict().items()},
          record(texts, classes=list(classes), objective=args.objective, minutes=args.minutes, overlap=history))
 
 
 def evaluate_shipped(texts):
     """Held-out bits per byte of the target; overlap of both drafts per class and place, and how it moved at last."""
-    target, _ = load_target("weights/target.pt")
-    target.eval()
+    target = load_target(WEIGHTS / "target.pt")[0].eval()
     bits = {c: bits_per_byte(target, as_bytes(texts[c]["eval"])) for c in CLASSES}
     print("target    bits per byte ", *(f"{c} {b:.3f} " for c, b in bits.items()), f"mean {sum(bits.values()) / 3:.3f}")
     for name in ("draft", "draft-python"):
-        draft, kept = load_draft(f"weights/{name}.pt", target)
+        draft, kept = load_draft(WEIGHTS / f"{name}.pt", target)
         for c in CLASSES:
             places, length = held_out_overlap(target, draft, as_bytes(texts[c]["eval"]), 5, count=24)
-            then, last = kept["overlap"][-4][c][1], kept["overlap"][-1][c][1]
+            history = kept["overlap"]
+            then, last = history[int(0.75 * (len(history) - 1))][c][1], history[-1][c][1]
             print(f"{name:13s} {c:7s} overlap at 1..5: {' '.join(f'{a:.3f}' for a in places)}   acceptance length {length:.3f}"
                   f"   last quarter of training {then:.3f} -> {last:.3f}")
 
@@ -392,7 +396,7 @@ def main():
     parser.add_argument("--objective", choices=("log", "expected", "kl"), default="log", help="of the draft")
     parser.add_argument("--chain", type=int, default=5, help="tokens a round that the draft is trained for")
     parser.add_argument("--compile", action="store_true", help="compile the draft's training step")
-    parser.add_argument("--target-path", default="weights/target.pt")
+    parser.add_argument("--target-path", default=WEIGHTS / "target.pt")
     parser.add_argument("--checkpoint", help="where training resumes from")
     parser.add_argument("--out", help="the file to write")
     args = parser.parse_args()

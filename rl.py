@@ -34,6 +34,8 @@ from dataclasses import dataclass
 
 import torch
 
+from model import UserError
+
 ESTIMATORS = ("reinforce", "expected", "log")
 
 
@@ -81,7 +83,9 @@ def policy_gradient_loss(draft_logits, target_logits, draft_tokens, temperature=
     draft_logits (R, K, V) with gradient; target_logits (R, K, V), rows 0..K-1 of the rounds; draft_tokens (R, K)
     int64 drawn from the draft, -1 pads; behaviour_logprobs (R, K): their log-probabilities when they were drawn,
     None if the draft has not changed since (on-policy).  temperature: float, the one that served.
-    Returns a scalar, the mean over rounds.  `reinforce` and `expected` are unbiased from R = 1 on.
+    Returns a scalar, the mean over rounds.  `reinforce` and `expected` are unbiased from R = 1 on, at temperature > 0.
+    At temperature 0 the draft proposed its argmax, which is no draw: q is learned at temperature 1 along the path that
+    was proposed, each token with behaviour 1, exact as far as that path is the target's own.
     Raises ValueError for an unknown estimator."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}: expected one of {', '.join(ESTIMATORS)}")
@@ -98,7 +102,7 @@ def policy_gradient_loss(draft_logits, target_logits, draft_tokens, temperature=
         utility, worth = a.cumprod(1), 1 + ahead
     else:
         utility, worth = before * alpha, ahead
-    baseline = (before * below * worth).detach() * ratio
+    baseline = (before * below * worth).detach() * ratio * (temperature > 0)  # free for drawn tokens only
     return -(utility - baseline).sum(1).mean()
 
 
@@ -165,14 +169,17 @@ def replay_answer(draft, trace, K):
 
 
 class Learner:
-    """Adam on a copy of nothing: it trains the very draft it is given; the driver publishes copies to serve."""
+    """Adam on the draft it is given; what serves is a copy that the driver takes of a published version.
 
-    def __init__(self, draft, estimator="log", lr=1e-3, target_side=0.5, buffer_size=32, replays=1, seed=0):
+    target_side in 0..1 is the share of the loss that comes from the target's own tokens; the rest is the policy
+    gradient on the draft's.  `replays` traces of the last `buffer_size` join each update."""
+
+    def __init__(self, draft, estimator, lr, target_side, buffer_size=32, replays=1, seed=0):
         self.draft, self.estimator, self.target_side, self.replays = draft, estimator, target_side, replays
         parameters = [p for p in draft.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
         self.buffer = deque(maxlen=buffer_size)  # recent traces
-        self.updates, self.version = 0, 0  # Adam steps taken; the version that the driver serves
+        self.updates, self.version, self.published = 0, 0, 0  # Adam steps; newest version; steps it has had
         self.generator = torch.Generator().manual_seed(seed)
 
     def loss(self, trace):
@@ -188,7 +195,9 @@ class Learner:
         return loss
 
     def update(self, trace):
-        """One Adam step on this trace and `replays` from the buffer -> {"loss", "learn_seconds"}."""
+        """One Adam step on this trace and `replays` from the buffer -> {"loss", "learn_seconds"}.
+
+        Raises UserError, and leaves the draft as it is, when the gradient is not finite."""
         begun = time.perf_counter()
         picks = torch.randperm(len(self.buffer), generator=self.generator)[: self.replays].tolist()
         batch = [trace] + [self.buffer[i] for i in picks]
@@ -197,12 +206,20 @@ class Learner:
             loss = self.loss(example)
             (loss / len(batch)).backward()
             losses.append(loss.item())
-        torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
+        if not norm.isfinite():
+            raise UserError(f"learning diverged at update {self.updates + 1}: the gradient is not finite; lower --lr")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.buffer.append(trace)
         self.updates += 1
         return {"loss": losses[0], "learn_seconds": time.perf_counter() - begun}
+
+    def publish(self):
+        """The weights that serve from now on; a new version if they have changed since the last."""
+        if self.updates > self.published:
+            self.version, self.published = self.version + 1, self.updates
+        return self.draft.state_dict()
 
     def state(self):
         """What a resumed learner needs besides the draft's weights.  No trace: those are users' text."""
@@ -210,5 +227,9 @@ class Learner:
 
     def restore(self, state):
         if state:
+            rates = [group["lr"] for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
-            self.updates, self.version = state["updates"], state["version"]
+            for group, lr in zip(self.optimizer.param_groups, rates):  # this run's rate, not the saved one
+                group["lr"] = lr
+            self.updates = self.published = state["updates"]
+            self.version = state["version"]

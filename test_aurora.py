@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tiny models
+
 import aurora
 import pretrain
 import rl
@@ -297,6 +299,22 @@ class Oracle:
         return torch.where(coins < self.spoil, (tokens + 1) % 16, tokens), torch.zeros(1, coins.shape[1], self.vocabulary)
 
 
+class RightDraft(Oracle):
+    """Always right, for every row; writes into a real cache's worth of positions as a real draft would."""
+
+    def __init__(self, answer):
+        self.answer = torch.cat([answer, torch.zeros(64, dtype=torch.int64)])
+
+    def new_cache(self, batch, length):
+        self.slots = length
+
+    def propose(self, features, ids, positions, last, coins, temperature, cache):
+        K = coins.shape[1]
+        assert positions.gather(1, last[:, None]).max() + K - 1 < self.slots
+        at = positions.gather(1, last[:, None]) + 2 + torch.arange(K)
+        return self.answer[at], torch.zeros(len(ids), K, 17)
+
+
 @pytest.mark.parametrize("K", [1, 4])
 def test_greedy_speculative_equals_greedy_plain(K):
     """Token for token in float32.  Different row counts round differently: a first difference is excused only
@@ -319,7 +337,7 @@ def test_rows_do_not_depend_on_their_neighbours(K=3):
     """In float64, where row counts do not change a decision: a batch of four, each row equal to itself alone."""
     target = tiny_target(gain=2.0, dtype=torch.float64)
     draft = tiny_draft(target)
-    requests = [request(length=4 + 5 * i, new=10 + 7 * i, seed=i, temperature=[0.0, 0.7, 1.0, 1.3][i]) for i in range(4)]
+    requests = [request(length=4 + 5 * i, new=31 - 5 * i, seed=i, temperature=[0.0, 0.7, 1.0, 1.3][i]) for i in range(4)]
     batch = Generation(target, draft, requests, K)
     while not batch.done:
         batch.round()
@@ -329,6 +347,17 @@ def test_rows_do_not_depend_on_their_neighbours(K=3):
         assert batch.trace(b).ids.tolist() == alone.ids.tolist()
         lengths |= set(alone.num_accepted.tolist())
     assert len(lengths) > 1, "rounds of one length only: nothing was tested"
+
+
+def test_finished_rows_stay_inside_the_cache(K=6):
+    """Rows that finish early wait for the last one, even after rounds that overshot the end by K."""
+    target = tiny_target()
+    answer, _ = generate(target, None, request(length=6, new=60, temperature=0.0), 0)
+    requests = [Request(answer.ids[:n].tolist(), new, 0, 0.0) for n, new in ((26, 1), (7, 20), (25, 2))]
+    run = Generation(target, RightDraft(answer.ids), requests, K)
+    while not run.done:
+        run.round()
+    assert all(ids == answer.ids[: len(ids)].tolist() for ids in run.committed)
 
 
 @pytest.mark.parametrize("K", [0, 1, 3])
@@ -451,19 +480,24 @@ def test_gradients_are_unbiased_by_enumeration(seed):
     assert cosine < 0.8 and (got - exact).abs().max() > 1e-2, f"the textbook should be biased, cosine {cosine:.3f}"
 
 
-def test_each_step_of_the_ladder_cuts_variance():
-    """Trace of the covariance over all chains: `expected` below `reinforce`, and both below them without baseline."""
+def test_each_step_of_the_ladder_cuts_variance(monkeypatch):
+    """Second moment of the gradient over all chains (the mean is the same): the baseline cuts that of `reinforce`,
+    the closed form cuts it again."""
     theta = {x: z.requires_grad_() for x, z in toy_tables(10).items() if len(x) < 3}
-    target, second = toy_tables(20), {}
-    for name in ("reinforce", "expected"):
+    target = {x: theta[x].detach() + 0.6 * z for x, z in toy_tables(30).items() if len(x) < 3}
+
+    def second_moment(name):
         total = 0.0
         for x in itertools.product(range(4), repeat=3):
             q, p = (torch.stack([t[x[:k]] for k in range(3)])[None] for t in (theta, target))
             gs = torch.autograd.grad(rl.policy_gradient_loss(q, p, torch.tensor([x]), 1.0, name), list(theta.values()), allow_unused=True)
             weight = torch.stack([q[0, k].softmax(-1)[x[k]] for k in range(3)]).prod().item()
             total += weight * sum((g**2).sum().item() for g in gs if g is not None)
-        second[name] = total
-    assert second["expected"] < second["reinforce"]
+        return total
+
+    reinforce, expected, chain = second_moment("reinforce"), second_moment("expected"), rl._chain
+    monkeypatch.setattr(rl, "_chain", lambda *a: (*chain(*a)[:3], torch.zeros(1, 3)))  # `below` = 0: no baseline
+    assert expected < reinforce < second_moment("reinforce")
 
 
 @pytest.mark.parametrize("estimator", rl.ESTIMATORS)
@@ -497,26 +531,78 @@ def test_suppressed_ids_give_finite_gradients():
             assert loss.isfinite() and grad.isfinite().all() and grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("estimator", rl.ESTIMATORS)
+def test_the_learner_learns_from_the_right_rows(estimator, K=3):
+    """Learner.loss, each half alone, against losses computed from the target and the draft anew, without cache,
+    trace rows or replay of many rounds: every round's own text, rejected tokens included, goes through both models."""
+    target = tiny_target(dtype=torch.float64)
+    draft = tiny_draft(target)
+    trace, _ = generate(target, draft, request(new=25), K)
+    assert (trace.num_accepted < K).any()
+
+    def rows(prefix, chain):
+        """draft and target logits (K, V) for a round after `prefix` that drafts `chain`."""
+        text = torch.tensor(prefix + chain)
+        hidden, features = target(text[None])
+        start = torch.tensor([[len(prefix) - 2]])
+        q = draft.replay(features[:, : len(prefix) - 1], text[None, 1 : len(prefix)], start, torch.tensor([[chain[:-1]]]))
+        return q[0, 0], target.logits(hidden)[0, len(prefix) - 1 : -1].detach()
+
+    ids = trace.ids.tolist()
+    pairs = [rows(ids[: s + 2], x) for s, x in zip(trace.starts.tolist(), trace.draft_tokens.tolist())]
+    q, p = (torch.stack(side) for side in zip(*pairs))
+    expected = rl.policy_gradient_loss(q, p, trace.draft_tokens, 1.0, estimator, trace.behaviour_logprobs)
+    torch.testing.assert_close(rl.Learner(draft, estimator, 1e-3, 0.0).loss(trace), expected, atol=1e-6, rtol=1e-6)
+
+    places = [n for n in range(trace.prompt_length, len(ids) - K + 1)]
+    q, p = (torch.stack(side) for side in zip(*(rows(ids[:n], ids[n : n + K]) for n in places)))
+    drafted, target_rows, tokens = rl.replay_answer(draft, trace, K)
+    whole = (tokens >= 0).all(-1)
+    assert whole.sum() == len(places) and tokens[whole].tolist() == [ids[n : n + K] for n in places]
+    expected = rl.target_side_loss(q, p, tokens[whole], 1.0, log=estimator == "log")
+    got = rl.target_side_loss(drafted[whole], target_rows[whole], tokens[whole], 1.0, log=estimator == "log")
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_divergence_is_reported_and_the_draft_kept():
+    target = tiny_target()
+    learner = rl.Learner(tiny_draft(target), "log", 1e-3, 0.5)
+    trace, _ = generate(target, learner.draft, request(), 3)
+    trace.features[0] = float("nan")
+    before = [p.clone() for p in learner.draft.parameters()]
+    with pytest.raises(UserError, match="diverged"):
+        learner.update(trace)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.draft.parameters()))
+
+
 def test_unknown_estimator_is_refused():
     with pytest.raises(ValueError, match="unknown estimator"):
         rl.policy_gradient_loss(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64), estimator="x")
 
 
-@pytest.mark.parametrize("estimator, temperature", [("log", 0.7), ("expected", 0.7), ("log", 0.0)])
-def test_serving_teaches_the_draft(estimator, temperature):
-    """30 requests: the acceptance length of the last ten is well over that of the first ten."""
+@pytest.mark.parametrize("estimator, temperature, target_side, growth",
+                         [("log", 0.7, 0.5, 1.5), ("log", 0.7, 0.0, 1.5), ("log", 0.0, 0.5, 1.15), ("expected", 0.7, 0.5, 1.1)])
+def test_serving_teaches_the_draft(estimator, temperature, target_side, growth):
+    """20 requests, then 8 held-out answers: the expected accepted tokens have grown.  (`expected` starts slowly from
+    nothing: where draft and target hardly overlap, the gradient of the overlap vanishes.)"""
     target = tiny_target(gain=2.0)
-    with torch.no_grad():  # layers that say little: the next token hangs on the last one, which 30 requests can teach
+    with torch.no_grad():  # layers that say little: the next token hangs on the last one, which 20 requests can teach
         for layer in target.model.layers:
             layer.self_attn.o_proj.weight.mul_(0.1)
             layer.mlp.down_proj.weight.mul_(0.1)
-    learner = rl.Learner(Draft(target), estimator, lr=1e-2)
-    lengths = []
-    for seed in range(30):
-        trace, _ = generate(target, learner.draft, request(seed=seed, new=48, temperature=temperature), 3)
+    held = [generate(target, None, request(seed=1000 + i, new=48, temperature=temperature), 0)[0] for i in range(8)]
+    draft = Draft(target)
+    learner = rl.Learner(draft, estimator, 1e-2, target_side)
+
+    def accepted():  # expected accepted tokens a round, over every place of the held-out answers
+        with torch.no_grad():
+            return sum(-rl.target_side_loss(*rl.replay_answer(draft, x, 3), temperature).item() for x in held) / len(held)
+
+    before = accepted()
+    for seed in range(20):
+        trace, _ = generate(target, draft, request(seed=seed, new=48, temperature=temperature), 3)
         learner.update(trace)
-        lengths.append(1 + trace.num_accepted.float().mean().item())
-    assert sum(lengths[-10:]) > 1.12 * sum(lengths[:10]), lengths
+    assert accepted() > growth * before, (before, accepted())
 
 
 # ---- the driver: aurora.py ----------------------------------------------------------------------------------
@@ -560,6 +646,36 @@ def test_compare_reports_all_arms_and_logs_every_request(files, tmp_path, capsys
     assert "online" in capsys.readouterr().out
 
 
+def test_what_is_published_is_what_serves(files, monkeypatch):
+    """With a version every two requests: requests 1 and 2 are served by the first weights, 3 and 4 by those that two
+    updates made, and so on; every version differs from the last."""
+    served, learned = [], []
+    update = rl.Learner.update
+    weights = lambda draft: torch.cat([p.detach().flatten() for p in draft.parameters()])
+    monkeypatch.setattr(aurora, "generate", lambda target, draft, *a, **k: (served.append(draft and weights(draft)), generate(target, draft, *a, **k))[1])
+    monkeypatch.setattr(rl.Learner, "update", lambda self, trace: (update(self, trace), learned.append(weights(self.draft)))[0])
+    run(files, "--publish-every", "2")
+    served = [w for w in served if w is not None]
+    assert torch.equal(served[0], served[1]) and not torch.equal(served[1], served[2])
+    assert torch.equal(served[2], learned[1]) and torch.equal(served[3], learned[1]) and torch.equal(served[4], learned[3])
+
+
+@pytest.mark.parametrize("extra", [["--dtype", "bfloat16"], ["--temperature", "0"], ["--num-speculative-tokens", "1"], ["--estimator", "reinforce", "--target-side", "0"]])
+def test_other_settings_run(files, capsys, extra):
+    run(files, *extra)
+    assert "online" in capsys.readouterr().out
+
+
+def test_plain_decoding_is_measured_in_every_class_and_the_order_rotates():
+    requests = [Request([256, 1], 1, i, 1.0, kind) for kind in "abc" for i in range(10)]
+    plan = aurora.plan(requests, compare=False)
+    assert [r for r, _ in plan] == requests
+    for kind in "abc":
+        assert sum("plain" in arms for r, arms in plan if r.kind == kind) == 4
+    assert {arms[0] for _, arms in plan if len(arms) == 2} == {"plain", "online"}
+    assert {arms[0] for _, arms in aurora.plan(requests, compare=True)} == {"plain", "static", "online"}
+
+
 def test_same_seed_same_tokens_and_no_learn_keeps_the_draft(files, tmp_path):
     for name in ("x", "y"):
         run(files, "--draft", "static", "--no-learn", "--log", f"{tmp_path}/{name}", "--save", f"{tmp_path}/saved")
@@ -574,7 +690,11 @@ def test_save_and_resume_continue_the_versions(files, tmp_path):
     assert (tmp_path / "kept/latest").read_text() == "v000003\n"
     run(files, "--draft", f"{tmp_path}/kept", "--save", f"{tmp_path}/kept", "--publish-every", "2")
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["latest", "learner.pt", "v000003", "v000006"]
-    assert torch.load(tmp_path / "kept/learner.pt", weights_only=True)["updates"] == 12
+    state = torch.load(tmp_path / "kept/learner.pt", weights_only=True)
+    assert state["updates"] == 12 and {int(s["step"]) for s in state["optimizer"]["state"].values()} == {12}
+    run(files, "--draft", f"{tmp_path}/kept/v000003", "--no-learn", "--save", f"{tmp_path}/other")  # one version, by name
+    first, second = (torch.load(p, weights_only=True)["weights"] for p in (tmp_path / "kept/v000003/draft.pt", tmp_path / "other/v000000/draft.pt"))
+    assert all(torch.equal(first[k], second[k]) for k in first)
     assert b"prompt 1" not in b"".join(p.read_bytes() for p in (tmp_path / "kept").rglob("*") if p.is_file())
 
 
@@ -595,7 +715,8 @@ def test_interrupt_keeps_what_was_served(files, tmp_path, monkeypatch, capsys):
 
 
 def test_one_prompt_is_answered_without_colours_in_a_pipe(files, capsys):
-    run(files, "--prompt", "hello", "--draft", "static")
+    aurora.main(["--target", f"{files}/target.pt", "--static", f"{files}/draft.pt", "--draft", "static",
+                 "--prompt", "hello", "--max-new-tokens", "12"])
     captured = capsys.readouterr()
     assert "\033" not in captured.out and "12 tokens" in captured.err
 
@@ -603,7 +724,7 @@ def test_one_prompt_is_answered_without_colours_in_a_pipe(files, capsys):
 BAD = {
     "no checkpoint": ["--target", "nowhere.pt"],
     "not a checkpoint": ["--target", __file__],
-    "no directory": ["--report", "/nowhere/at/all.json"],
+    "should stand in": ["--report", "/nowhere/at/all.json"],
     "is a draft": ["--target", "DRAFT"],
     "not known|missing|shape|draft": ["--static", "TARGET", "--draft", "static"],
     "at least 1": ["--num-speculative-tokens", "0"],
@@ -615,15 +736,29 @@ BAD = {
     "unrecognized": ["--frobnicate"],
     "invalid choice": ["--estimator", "magic"],
     "must be positive": ["--lr", "0"],
-    "positive, got -1": ["--temperature", "-1"],
+    "or at least 0.01": ["--temperature", "-1"],
     "holds no": ["--draft", "FOLDER"],
+    "is a directory": ["--log", "FOLDER"],
+    "it is a file": ["--save", "BROKEN"],
+    "is not to be had": ["--device", "nonsense"],
+    "--seed must": ["--seed", "99999999999999999999999"],
+    "not byte-level": ["--target", "OTHER", "--prompt", "x"],
+    "not valid Unicode": ["--prompt", "\udc80"],
+    "not allowed with": ["--prompt", "x", "--prompts", "y"],
+    "only answers": ["--prompt", "x", "--save", "FOLDER"],
+    "ends in .png": ["--plot", "picture.xyz"],
+    "cannot be read": ["--draft", "HALF"],
 }
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_one_clear_line(files, tmp_path, message):
     (tmp_path / "broken.jsonl").write_text('{"prompt": 1\n')
-    names = {"DRAFT": files / "draft.pt", "TARGET": files / "target.pt", "BROKEN": tmp_path / "broken.jsonl", "FOLDER": tmp_path}
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/latest").write_text("v000001")
+    other = tiny_target()
+    save(tmp_path / "other.pt", other.config, other.state_dict(), {})
+    names = {"HALF": tmp_path / "half", "OTHER": tmp_path / "other.pt", "DRAFT": files / "draft.pt", "TARGET": files / "target.pt", "BROKEN": tmp_path / "broken.jsonl", "FOLDER": tmp_path}
     arguments = ["--target", f"{files}/target.pt", "--static", f"{files}/draft.pt", *(str(names.get(a, a)) for a in BAD[message])]
     with pytest.raises(UserError, match=message) as error:
         aurora.main(arguments)
@@ -645,11 +780,18 @@ def test_vocabulary_mismatch_is_refused(files, tmp_path):
 # ---- the corpus and the shipped weights --------------------------------------------------------------------
 
 
-def test_splits_do_not_cross():
-    """A name has one split; no file is in two classes; docs cut from a file are not in its source."""
-    names = [(kind, name) for kind, name, _ in pretrain.documents(("traffic",))]
-    assert {pretrain.split_of(name) for _, name in names} == {"traffic"} and {k for k, _ in names} == set(pretrain.CLASSES)
-    assert len(set(names)) == len(names)
+def test_held_out_lines_are_not_trained_on():
+    """In the corpus of this machine no line of 60 characters or more is in two splits, nor in two classes."""
+    home = {}
+    for kind, splits in pretrain.corpus().items():
+        for split, texts in splits.items():
+            assert all(pretrain.split_of(name) == split for name, _ in texts)
+            for line in {line.strip() for _, text in texts for line in text.split("\n")}:
+                if len(line) >= 60:
+                    assert home.setdefault(hash(line), (kind, split)) == (kind, split), line
+
+
+def test_docs_are_cut_out_of_the_source():
     docs = {name: text for _, name, text in pretrain.documents(("traffic",), ("docs",))}
     runs = lambda text: set(zip(*([line.strip() for line in text.split("\n") if line.strip()][i:] for i in range(4))))
     for _, name, text in pretrain.documents(("traffic",), ("python",)):
@@ -668,7 +810,7 @@ WEIGHTS = HERE / "weights"
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_shipped_weights_speculate(temperature):
-    """The shipped target and static draft on their own traffic: more than two tokens a round."""
+    """The shipped target and static draft on their own traffic: close to two tokens a round or more."""
     args = aurora.arguments(["--traffic", "python", "--requests", "2", "--max-new-tokens", "48", "--temperature", str(temperature), "--draft", "static"])
     target, draft, _, _ = aurora.load_models(args)
     assert sum(p.numel() for p in target.parameters()) > 8e6 and (WEIGHTS / "target.pt").stat().st_size < 25e6

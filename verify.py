@@ -57,7 +57,10 @@ def accept(target_logits, draft_logits, draft_tokens, coins, temperature=1.0):
     rests on has no distribution (NaN, +inf, all -inf); rows after the first rejection are not looked at.
     """
     B, K = draft_tokens.shape
-    temperature = torch.as_tensor(temperature, dtype=torch.float64, device=target_logits.device).expand(B)
+    temperature = torch.as_tensor(temperature, dtype=torch.float64, device=target_logits.device)
+    if temperature.shape not in ((), (B,)):
+        raise ValueError(f"temperature must be a float or (B,) = ({B},), got {tuple(temperature.shape)}")
+    temperature = temperature.expand(B)
     _check_arguments(target_logits, draft_logits, draft_tokens, coins, temperature)
 
     target_p = probabilities(target_logits, temperature[:, None])  # (B, K+1, V)
