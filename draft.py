@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from model import MLP, Attention, Cache, UserError, fill, load, rope_table, suppress
+from model import MLP, Attention, Cache, UserError, add_tables, fill, load
 from verify import inverse_cdf, probabilities
 
 
@@ -64,14 +64,11 @@ class Draft(nn.Module):
             self.lm_head.weight.copy_(target.lm_head.weight)
             self.norm.weight.copy_(target.model.norm.weight)
         self.embed_tokens.weight.requires_grad_(False)
-        cos, sin = rope_table(config, config.max_position_embeddings)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        add_tables(self, config)
 
     def logits(self, h):
         """h (..., D) -> (..., V), the suppressed ids at -inf."""
-        logits = self.lm_head(self.norm(h))
-        return suppress(logits, self.config.suppress_tokens)
+        return self.lm_head(self.norm(h)).index_fill_(-1, self.suppressed, float("-inf"))
 
     def step(self, g, ids, positions, cache):
         """One pass of the layer over the cache: g (B, T, D), ids (B, T), positions (B, T) -> h (B, T, D)."""

@@ -42,11 +42,12 @@ class Config:
     suppress_tokens: tuple = ()  # ids that are never proposed nor emitted
 
 
-def suppress(logits, ids):
-    """logits (..., V) with -inf at `ids`: tokens that must never be proposed nor emitted."""
-    if not ids:
-        return logits
-    return logits.index_fill(-1, torch.tensor(ids, device=logits.device), float("-inf"))
+def add_tables(model, config):
+    """Buffers that follow from the configuration: RoPE tables (positions, E), and the ids that are never emitted."""
+    cos, sin = rope_table(config, config.max_position_embeddings)
+    model.register_buffer("cos", cos, persistent=False)
+    model.register_buffer("sin", sin, persistent=False)
+    model.register_buffer("suppressed", torch.tensor(config.suppress_tokens, dtype=torch.int64), persistent=False)
 
 
 def rope_table(config, length, device=None):
@@ -146,9 +147,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        cos, sin = rope_table(config, config.max_position_embeddings)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        add_tables(self, config)
         L = config.num_hidden_layers
         self.feature_layers = (2, L // 2, L - 3)  # EAGLE-3's choice; read by drafts
 
@@ -174,7 +173,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden):
         """Final hidden states (..., D) -> logits (..., V), the suppressed ids at -inf."""
-        return suppress(self.lm_head(hidden), self.config.suppress_tokens)
+        return self.lm_head(hidden).index_fill_(-1, self.suppressed, float("-inf"))
 
     def new_cache(self, batch, length):
         weight = self.lm_head.weight
