@@ -54,13 +54,17 @@ def split_of(name):
     return {0: "traffic", 1: "eval"}.get(zlib.crc32(name.encode()) % 10, "train")
 
 
+def is_add_doc(name):
+    return "add" in name and "doc" in name
+
+
 def prose_in(tree):
     """Nodes of long docstrings, and of the strings that numpy and torch attach with add_newdoc, add_docstr."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             body = node.body
             strings = [body[0].value] if body and isinstance(body[0], ast.Expr) else []
-        elif isinstance(node, ast.Call) and "add" in ast.unparse(node.func) and "doc" in ast.unparse(node.func):
+        elif isinstance(node, ast.Call) and is_add_doc(getattr(node.func, "id", getattr(node.func, "attr", ""))):
             strings = [n for a in node.args for n in ast.walk(a)]
         else:
             continue
@@ -318,11 +322,12 @@ def chains(target, draft, ids, starts, K):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with torch.no_grad():
             hidden, features = target(ids[:, :-1])
-            target_logits = target.logits(hidden)
         place = starts[..., None] + 2 + torch.arange(K)  # (B, R, K): the tokens that are guessed
         row = torch.arange(len(ids))[:, None, None]
         tokens = ids[row, place]
         draft_logits = draft.replay(features, ids[:, 1:], starts, tokens[..., :-1])
+    with torch.no_grad():
+        target_logits = target.logits(hidden.float())
     return draft_logits.flatten(0, 1).float(), target_logits[row, place - 1].flatten(0, 1).float(), tokens.flatten(0, 1)
 
 
