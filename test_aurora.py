@@ -383,7 +383,7 @@ def test_replay_reproduces_the_served_draft_logits(K=4):
     different lengths in one batch, rows 0..K-1 of every round, after rejections too."""
     target = tiny_target()
     draft = tiny_draft(target)
-    requests = [request(length=3 + 8 * i, new=40, seed=i) for i in range(3)]
+    requests = [request(length=3 + 8 * i, new=40, seed=i, temperature=[1.0, 0.7, 1.4][i]) for i in range(3)]
     run = Generation(target, draft, requests, K)
     while not run.done:
         run.round()
@@ -394,7 +394,7 @@ def test_replay_reproduces_the_served_draft_logits(K=4):
         finite = served.isfinite()
         assert (replayed.isfinite() == finite).all()
         assert (replayed - served)[finite].abs().max() < 1e-5
-        log_q = replayed.log_softmax(-1).gather(-1, trace.draft_tokens[..., None]).squeeze(-1)
+        log_q = (replayed / trace.temperature).log_softmax(-1).gather(-1, trace.draft_tokens[..., None]).squeeze(-1)
         torch.testing.assert_close(log_q.detach(), trace.behaviour_logprobs, atol=1e-5, rtol=0)
 
 
@@ -557,6 +557,8 @@ def test_the_learner_learns_from_the_right_rows(estimator, K=3):
     places = [n for n in range(trace.prompt_length, len(ids) - K + 1)]
     q, p = (torch.stack(side) for side in zip(*(rows(ids[:n], ids[n : n + K]) for n in places)))
     drafted, target_rows, tokens = rl.replay_answer(draft, trace, K)
+    whole_loss = rl.target_side_loss(drafted, target_rows, tokens, 1.0, log=estimator == "log")
+    torch.testing.assert_close(rl.Learner(draft, estimator, 1e-3, 1.0).loss(trace), whole_loss)
     whole = (tokens >= 0).all(-1)
     assert whole.sum() == len(places) and tokens[whole].tolist() == [ids[n : n + K] for n in places]
     expected = rl.target_side_loss(q, p, tokens[whole], 1.0, log=estimator == "log")
