@@ -543,7 +543,7 @@ def main(argv=None):
         learner.publish()
         save_learner(args.save, learner, args)
     if args.report:
-        config = vars(args) | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        config = vars(args) | {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
         Path(args.report).write_text(json.dumps({"config": config, "classes": journal.report()}, indent=1) + "\n")
     if args.plot:
         plot(journal, args.plot)

@@ -280,7 +280,7 @@ def record(texts, **more):
     sizes = {f"{c} {s}": sum(len(t) for _, t in d) for c in texts for s, d in texts[c].items()}
     return {"corpus": "Python standard library (PSF licence); C++ headers under torch/include (BSD-3-Clause; parts "
                       "Apache-2.0, MIT, BSL-1.0); docstrings of the standard library, numpy and torch (PSF, BSD-3-Clause)",
-            "characters": sizes, "python": platform.python_version(), "torch": torch.__version__,
+            "characters": sizes, "python": platform.python_version(), "torch": str(torch.__version__),
             "numpy": np.__version__, "split": "crc32(name) % 10: 0 traffic, 1 evaluation, the rest training"} | more
 
 
