@@ -359,14 +359,14 @@ def train_draft(args, texts, classes):
     target = load_target(args.target_path)[0].eval()
     streams = [as_bytes(texts[c]["train"]) for c in classes]
     held = {c: as_bytes(texts[c]["eval"]) for c in CLASSES}
-    draft, K, length, R = Draft(target), args.chain, 512, 192
-    loss_fn = torch.compile(draft_loss, dynamic=False) if args.compile else draft_loss
+    draft, K = load_draft(args.init, target)[0] if args.init else Draft(target), args.chain
 
     def batch_loss(step, progress):
         rng = np.random.default_rng(step)
-        ids = sample(streams, 12, length, rng)
+        rows, length, R = (2, 1024, 256) if step % 4 == 3 else (6, 256, 128)  # mostly short, now and then far back
+        ids = sample(streams, rows, length, rng)
         starts = torch.from_numpy(np.sort(np.stack([rng.permutation(length - 1 - K)[:R] for _ in ids])))
-        return loss_fn(target, draft, ids, starts, K, args.objective), ids.numel()
+        return draft_loss(target, draft, ids, starts, K, args.objective), ids.numel()
 
     def evaluate():
         return {c: held_out_overlap(target, draft, held[c], K) for c in CLASSES}
@@ -400,7 +400,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=80)
     parser.add_argument("--objective", choices=("log", "expected", "kl"), default="log", help="of the draft")
     parser.add_argument("--chain", type=int, default=5, help="tokens a round that the draft is trained for")
-    parser.add_argument("--compile", action="store_true", help="compile the draft's training step")
+    parser.add_argument("--init", metavar="FILE", help="go on from this draft instead of random weights")
     parser.add_argument("--target-path", default=WEIGHTS / "target.pt")
     parser.add_argument("--checkpoint", help="where training resumes from")
     parser.add_argument("--out", help="the file to write")
