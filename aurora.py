@@ -326,7 +326,7 @@ def arguments(argv):
     group.add_argument("--static", default=str(HERE / "weights/draft.pt"), metavar="FILE", help="the draft that never learns")
     group = parser.add_argument_group("traffic")
     group.add_argument("--traffic", default=",".join(CLASSES), help="classes, served one after the other")
-    group.add_argument("--requests", type=int, default=20, help="per class")
+    group.add_argument("--requests", type=int, default=12, help="per class")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with prompt and, optionally, class")
     one.add_argument("--prompt", metavar="TEXT", help="answer this one prompt, streaming")
