@@ -797,7 +797,8 @@ def test_docs_are_cut_out_of_the_source():
     docs = {name: text for _, name, text in pretrain.documents(("traffic",), ("docs",))}
     runs = lambda text: set(zip(*([line.strip() for line in text.split("\n") if line.strip()][i:] for i in range(4))))
     for _, name, text in pretrain.documents(("traffic",), ("python",)):
-        assert not runs(docs.get(name, "")) & runs(text), f"{name} holds four lines of its own docs"
+        both = runs(docs.get(name, "")) & runs(text)  # a short docstring may share an example of a few words
+        assert not [run for run in both if len("".join(run)) >= 120], f"{name} holds four lines of its own docs"
 
 
 def test_repeats_are_removed():
