@@ -13,7 +13,7 @@ Letters: B batch rows, T tokens, K drafted tokens a round, R rounds, V vocabular
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads of a small model stall each other
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall a small model on a busy machine
 
 import argparse
 import codecs
@@ -447,7 +447,7 @@ def load_models(args):
         raise UserError(f"--device {args.device} is not to be had here; try --device cpu") from None
     torch.manual_seed(args.seed)  # a scratch draft's weights
     target, _ = load_target(args.target)
-    small = sum(p.numel() for p in target.parameters()) < 50e6  # waking a second thread costs more than it saves
+    small = sum(p.numel() for p in target.parameters()) < 50e6  # a second thread gains it nothing
     if args.threads or small:
         torch.set_num_threads(args.threads or 1)
     state = {}
