@@ -225,19 +225,10 @@ def attend_densely(q, k, v, **_):
     return CausalAttention.apply(q.bfloat16(), k.bfloat16(), v.bfloat16())
 
 
-def optimizers(model):
-    """Muon on the matrices inside the layers, AdamW on the rest; the learning rates stand in `base_lr`."""
-    inside = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in inside if p.ndim == 2 and "embed" not in n and "head" not in n]
-    rest = [p for n, p in inside if not any(p is m for m in matrices)]
-    return [torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
-            torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
-
-
 def train(model, minutes, checkpoint, batch_loss, evaluate):
     """Runs `minutes` of steps, resuming from `checkpoint`; batch_loss(step, progress) -> (loss, bytes); every tenth
     of the way evaluate() is printed and kept.  Short warm-up, constant rate, linear decay over the last third."""
-    opts = optimizers(model)
+    opts = rl.optimizers(model, lr=0.02, weight_decay=0.01)
     base_lr = [o.param_groups[0]["lr"] for o in opts]
     step, spent, history, budget = 0, 0.0, [], minutes * 60
     if Path(checkpoint).exists():
