@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from model import MLP, Attention, Cache, UserError, add_tables, fill, load
+from model import MLP, Attention, Cache, UserError, add_tables, fill, load, rope_and_mask
 from verify import inverse_cdf, probabilities
 
 
@@ -72,11 +72,9 @@ class Draft(nn.Module):
 
     def step(self, g, ids, positions, cache):
         """One pass of the layer over the cache: g (B, T, D), ids (B, T), positions (B, T) -> h (B, T, D)."""
-        cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
-        slots = torch.arange(int(positions.max()) + 1, device=ids.device)
-        mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
+        cos, sin, mask = rope_and_mask(self, positions, g.dtype)
         x = self.midlayer.attention_input(g, self.embed_tokens(ids))
-        attended = self.midlayer.self_attn(x, cos.to(g.dtype), sin.to(g.dtype), mask, positions, cache, 0)
+        attended = self.midlayer.self_attn(x, cos, sin, mask, positions, cache, 0)
         return self.midlayer.after_attention(g, attended)
 
     @torch.no_grad()

@@ -64,13 +64,23 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
+def rope_and_mask(model, positions, dtype):
+    """What attention must know of tokens at positions (B, T): cos and sin (B, T, 1, E), and the mask (B, 1, T, S) that
+    is added to the scores, 0 at the slots that a token may read and -inf at those of the future."""
+    cos, sin = model.cos[positions][:, :, None].to(dtype), model.sin[positions][:, :, None].to(dtype)
+    slots = torch.arange(int(positions.max()) + 1, device=positions.device)
+    mask = torch.zeros((), dtype=dtype, device=positions.device).where(slots <= positions[..., None], float("-inf"))
+    return cos, sin, mask[:, None]
+
+
 class Cache:
-    """Keys and values (layers, B, S, G, E), slot = position.  Slots past a row's position hold garbage."""
+    """Keys and values, (B, S, G, E) for each layer, slot = position.  Slots past a row's position hold garbage."""
 
     def __init__(self, config, batch, length, device=None, dtype=None):
-        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch, length, config.num_key_value_heads, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.rows = torch.arange(batch, device=device)[:, None]
 
 
@@ -97,9 +107,9 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask, positions, cache, layer):
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
-            cache.k[layer, cache.rows, positions] = k
-            cache.v[layer, cache.rows, positions] = v
-            k, v = cache.k[layer, :, : mask.shape[-1]], cache.v[layer, :, : mask.shape[-1]]
+            cache.k[layer][cache.rows, positions] = k
+            cache.v[layer][cache.rows, positions] = v
+            k, v = cache.k[layer][:, : mask.shape[-1]], cache.v[layer][:, : mask.shape[-1]]
         out = attend(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
             attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[2] != k.shape[2],
@@ -156,14 +166,12 @@ class Transformer(nn.Module):
 
         With a cache, positions (B, T) says where each token stands; without one, the tokens are the
         whole sequence.  Features are the hidden states entering `feature_layers`."""
-        if cache is None:
-            cos, sin, mask = self.cos[None, : ids.shape[1]], self.sin[None, : ids.shape[1]], None
-        else:
-            cos, sin = self.cos[positions], self.sin[positions]
-            slots = torch.arange(int(positions.max()) + 1, device=ids.device)
-            mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
         h = self.model.embed_tokens(ids)
-        cos, sin = cos[:, :, None].to(h.dtype), sin[:, :, None].to(h.dtype)
+        if cache is None:
+            cos, sin = (t[None, : ids.shape[1], None].to(h.dtype) for t in (self.cos, self.sin))
+            mask = None
+        else:
+            cos, sin, mask = rope_and_mask(self, positions, h.dtype)
         features = []
         for i, layer in enumerate(self.model.layers):
             if i in self.feature_layers:
