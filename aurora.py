@@ -337,8 +337,8 @@ def arguments(argv):
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("learning")
     group.add_argument("--estimator", choices=ESTIMATORS, default="log")
-    group.add_argument("--target-side", type=float, default=0.5, metavar="SHARE", help="of the loss that comes from the target's own tokens, 0 to 1")
-    group.add_argument("--lr", type=float, help="of Muon; None: 0.05 for a scratch draft, 0.01 for a trained one")
+    group.add_argument("--target-side", type=float, default=0.0, metavar="SHARE", help="of the loss that comes from the target's own tokens, 0 to 1")
+    group.add_argument("--lr", type=float, help="of Muon; None: 0.05 for a scratch draft, 0.005 for a trained one")
     group.add_argument("--publish-every", type=int, default=1, metavar="M", help="requests per served version")
     group.add_argument("--no-learn", action="store_true")
     group = parser.add_argument_group("measuring and keeping")
@@ -358,7 +358,7 @@ def arguments(argv):
     if args.temperature and not 0.01 <= args.temperature < float("inf"):
         parser.error(f"--temperature must be 0 (greedy) or at least 0.01, got {args.temperature}")
     if args.lr is None:
-        args.lr = 0.05 if args.draft == "scratch" else 0.01  # a random draft has nothing to lose
+        args.lr = 0.05 if args.draft == "scratch" else 0.005  # a random draft has nothing to lose
     if not 0 < args.lr < float("inf"):
         parser.error(f"--lr must be positive, got {args.lr}")
     if not 0 <= args.target_side <= 1:
