@@ -12,9 +12,24 @@ target_p_K, the bonus.  Why this is lossless: id v comes out with probability
 where overlap = sum_v min(target_p, draft_q)(v) is how often a drafted token is kept.
 (Leviathan et al. 2211.17192, algorithm 1; Chen et al. 2302.01318, theorem 1.)
 
+Two implementations say the same: `accept_reference`, in torch, is the definition; kernels.cu, compiled when it is first
+needed, is what runs where it can (AURORA_KERNEL=reference|fused forces one).  `python verify.py --bench` compares them.
+
 Nothing here knows about models.  Randomness is an argument: the same coins give the same tokens.
 Letters: B batch rows, K drafted tokens a round, V vocabulary.
 """
+
+import argparse
+import functools
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
 
 import torch
 
@@ -41,7 +56,13 @@ def inverse_cdf(mass, coin):
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=mass.shape[-1] - 1)
 
 
-def accept(target_logits, draft_logits, draft_tokens, coins, temperature=1.0):
+REASONS = [None, "coins must lie in [0, 1)", "draft_tokens must be -1 (pad) or ids in 0..V-1",  # kernels.cu: Status
+           "temperature must be 0 (greedy) or positive",
+           "logits without a distribution (NaN, +inf or all -inf) in a row that acceptance reads"]
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 is left to the reference
+
+
+def accept(target_logits, draft_logits, draft_tokens, coins, temperature=1.0, draft_lse=None):
     """One round's decision for every row.
 
     target_logits (B, K+1, V): row k is the target's view of the place of draft token k, row K of the bonus.
@@ -51,6 +72,8 @@ def accept(target_logits, draft_logits, draft_tokens, coins, temperature=1.0):
         comes from target_p.
     coins (B, K+1) float64 in [0, 1): coin k < K decides about token k, coin K draws the next token.
     temperature: float or (B,), >= 0; 0 is greedy: keep while the draft token is the argmax, then the argmax.
+    draft_lse (B, K) float64, optional: logsumexp(draft_logits / temperature), if drafting has it anyway.  It changes
+        no decision; the kernel takes its word for it and reads the draft's rows only where one was rejected.
 
     Returns num_accepted (B,) int64 in 0..K and next_token (B,) int64, an id with target_p > 0.
     Raises ValueError on shapes, dtypes, ids or coins out of range, and if a row of logits that the decision
@@ -58,10 +81,30 @@ def accept(target_logits, draft_logits, draft_tokens, coins, temperature=1.0):
     """
     B, K = draft_tokens.shape
     temperature = torch.as_tensor(temperature, dtype=torch.float64, device=target_logits.device)
-    if temperature.shape not in ((), (B,)):
-        raise ValueError(f"temperature must be a float or (B,) = ({B},), got {tuple(temperature.shape)}")
-    temperature = temperature.expand(B)
-    _check_arguments(target_logits, draft_logits, draft_tokens, coins, temperature)
+    if temperature.shape != (B,):
+        if temperature.ndim:
+            raise ValueError(f"temperature must be a float or (B,) = ({B},), got {tuple(temperature.shape)}")
+        temperature = temperature.expand(B)
+    _check_shapes(target_logits, draft_logits, draft_tokens, coins, draft_lse)
+    fused = kernel(target_logits.device.type)
+    if not fused or any(x is not None and x.dtype not in FUSED_DTYPES for x in (target_logits, draft_logits)):
+        return accept_reference(target_logits, draft_logits, draft_tokens, coins, temperature)
+
+    decision = fused(_rows(target_logits), _rows(draft_logits), draft_lse, draft_tokens, coins, temperature)  # (3, B)
+    num_accepted, next_token, status = decision.unbind()
+    worst = max(status.tolist(), default=0)  # the one transfer to the host
+    if worst:
+        raise ValueError(f"{REASONS[worst]}; batch rows {[b for b, s in enumerate(status.tolist()) if s]}")
+    return num_accepted, next_token
+
+
+def accept_reference(target_logits, draft_logits, draft_tokens, coins, temperature):
+    """`accept` by its definition, for arguments whose shapes are checked; temperature (B,) float64."""
+    B, K = draft_tokens.shape
+    V = target_logits.shape[-1]
+    for reason, fits in ((1, (coins >= 0) & (coins < 1)), (2, (draft_tokens >= -1) & (draft_tokens < V)), (3, temperature >= 0)):
+        if not fits.all():
+            raise ValueError(REASONS[reason])
 
     target_p = probabilities(target_logits, temperature[:, None])  # (B, K+1, V)
     ids = draft_tokens.clamp(min=0)[..., None]  # (B, K, 1)
@@ -91,11 +134,11 @@ def accept(target_logits, draft_logits, draft_tokens, coins, temperature=1.0):
     read = position <= num_accepted[:, None]  # (B, K+1) the rows that the decision rests on
     broken = (read & target_p[..., 0].isnan()).any() | (read[:, :K] & drafted & draft_q[..., 0].isnan()).any()
     if broken:
-        raise ValueError("logits without a distribution (NaN, +inf or all -inf) in a row that acceptance reads")
+        raise ValueError(REASONS[4])
     return num_accepted, next_token
 
 
-def _check_arguments(target_logits, draft_logits, draft_tokens, coins, temperature):
+def _check_shapes(target_logits, draft_logits, draft_tokens, coins, draft_lse):
     B, K = draft_tokens.shape
     V = target_logits.shape[-1]
     if target_logits.shape != (B, K + 1, V):
@@ -106,9 +149,143 @@ def _check_arguments(target_logits, draft_logits, draft_tokens, coins, temperatu
         raise ValueError(f"coins must be (B, K+1) = ({B}, {K + 1}) float64, got {tuple(coins.shape)} {coins.dtype}")
     if draft_tokens.dtype != torch.int64:
         raise ValueError(f"draft_tokens must be int64, got {draft_tokens.dtype}")
-    if not ((coins >= 0) & (coins < 1)).all():
-        raise ValueError("coins must lie in [0, 1)")
-    if not ((draft_tokens >= -1) & (draft_tokens < V)).all():
-        raise ValueError(f"draft_tokens must be -1 (pad) or ids in 0..{V - 1}")
-    if not (temperature >= 0).all():
-        raise ValueError("temperature must be 0 (greedy) or positive")
+    if draft_lse is not None and (draft_lse.shape != (B, K) or draft_lse.dtype != torch.float64):
+        raise ValueError(f"draft_lse must be (B, K) = ({B}, {K}) float64, got {tuple(draft_lse.shape)} {draft_lse.dtype}")
+
+
+# ---- the kernel ----------------------------------------------------------------------------------------
+
+
+def _rows(logits):
+    """The kernel takes any strides, but the ids of a row must lie side by side."""
+    return logits if logits is None or logits.stride(-1) == 1 else logits.contiguous()
+
+
+@functools.cache
+def kernel(device):
+    """torch.ops.aurora.accept for tensors on "cpu" or "cuda"; None where the reference has to do."""
+    choice = os.environ.get("AURORA_KERNEL", "")
+    if choice not in ("", "fused", "reference"):
+        raise ValueError(f"AURORA_KERNEL must be reference or fused, got {choice!r}")
+    if choice == "reference" or device not in ("cpu", "cuda"):
+        return None
+    try:
+        load_kernel(device)
+        return torch.ops.aurora.accept.default
+    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        if choice == "fused":
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        warnings.warn(f"the slower torch reference decides what is accepted, as kernels.cu was not built: {reason}", stacklevel=3)
+        return None
+
+
+@functools.cache
+def load_kernel(device, source=Path(__file__).with_name("kernels.cu")):
+    """Loads what g++ (for the CPU) or nvcc (for CUDA) makes of kernels.cu, and first makes it if the cache has it not.
+
+    The cache is torch's, ~/.cache/torch_extensions or $TORCH_EXTENSIONS_DIR; what the library depends on is in its
+    name.  It is built in a folder of its own and moved into place, so there is no lock that a Ctrl-C could leave."""
+    declare_operator()
+    march = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}.get(torch.backends.cpu.get_cpu_capability(), [])
+    flags = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *march]  # not -ffast-math: NaN must stay NaN
+    built_from = [source.read_text(), torch.__version__, *flags]
+    if device == "cuda":
+        flags = []
+        built_from += [torch.version.cuda, *(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))]
+    name = f"aurora_{device}_{hashlib.sha256(repr(built_from).encode()).hexdigest()[:16]}"
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions") / f"{name}.so"
+    if not cache.exists():
+        from torch.utils import cpp_extension
+
+        cpp_extension.verify_ninja_availability()
+        print(f"compiling kernels.cu for {device}, once: {'a minute' if device == 'cuda' else 'some seconds'} ...", file=sys.stderr, flush=True)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
+            cpp_extension.load(name, [str(source)], extra_cflags=["-x", "c++", *flags], build_directory=folder,
+                               with_cuda=device == "cuda", is_python_module=False)
+            os.replace(Path(folder) / cache.name, cache)
+    else:
+        torch.ops.load_library(cache)
+
+
+@functools.cache
+def declare_operator():
+    """aurora::accept for torch.compile: its schema, and the shape of what it returns, (3, B): tokens kept, next token,
+    status (0, or the index of a reason).  Whoever calls it directly has to look at the status."""
+    torch.library.define("aurora::accept", "(Tensor target_logits, Tensor? draft_logits, Tensor? draft_lse, "
+                                           "Tensor draft_tokens, Tensor coins, Tensor temperature) -> Tensor")
+    torch.library.register_fake("aurora::accept", lambda target_logits, draft_logits, draft_lse, draft_tokens, coins,
+                                temperature: draft_tokens.new_empty(3, draft_tokens.shape[0]))
+
+
+# ---- python verify.py --bench ------------------------------------------------------------------------------
+
+
+def softmax_then_multinomial(target_logits, draft_logits, draft_tokens, temperature):
+    """The plain way, as a yardstick: float32 probabilities of every row, torch's own random numbers."""
+    target_p, draft_q = ((x.float() / temperature).softmax(-1) for x in (target_logits, draft_logits))
+    p, q = (x[:, : draft_tokens.shape[1]].gather(-1, draft_tokens[..., None]).squeeze(-1) for x in (target_p, draft_q))
+    num_accepted = (torch.rand_like(p) * q < p).long().cumprod(-1).sum(-1)
+    draft_q = torch.nn.functional.pad(draft_q, (0, 0, 0, 1))  # no draft stands at the bonus
+    row = torch.arange(len(p), device=p.device)
+    return num_accepted, torch.multinomial((target_p - draft_q)[row, num_accepted].clamp(min=0), 1).squeeze(-1)
+
+
+def median_seconds(contenders, device, turns=9):
+    """Medians of interleaved turns: whatever else the machine does meets all contenders alike.  A turn is 5 ms, or two
+    runs if that is longer; its first run is not counted, so that no one pays for the caches that another left."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times = {name: [] for name in contenders}
+    for _ in range(turns):
+        for name, run in contenders.items():
+            turn = []
+            while len(turn) < 2 or sum(turn) < 5e-3:
+                start = time.perf_counter()
+                run(), wait()
+                turn.append(time.perf_counter() - start)
+            times[name] += turn[1:]
+    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+
+
+@torch.no_grad()
+def bench(device, dtype, batches, threads):
+    """Every draft token is kept, the most work there is: 2K+1 rows are read, K+1 where draft_lse is known."""
+    if not kernel(device):
+        sys.exit("the kernel was not built: nothing to compare")
+    bits = torch.finfo(dtype).bits
+    print(f"{device}, {str(dtype)[6:]}, every token kept; medians of interleaved runs, in microseconds a round")
+    print("threads    B       V   K  reference  softmax+multinomial    fused  with lse  MB read   GB/s  copy GB/s  reference/fused")
+    for n, B, V, K in itertools.product(threads, batches, (256, 32000, 151936) if device == "cpu" else (32000, 128256, 151936), (4, 8)):
+        torch.set_num_threads(n)
+        g = torch.Generator().manual_seed(0)
+        target = (2 * torch.randn(B, K + 1, V, generator=g)).to(device, dtype)
+        draft, temperature = target[:, :K].clone(), torch.full((B,), 0.8, dtype=torch.float64, device=device)
+        tokens = torch.randint(V, (B, K), generator=g).to(device)
+        coins = torch.rand(B, K + 1, dtype=torch.float64, generator=g).to(device)
+        lse = (draft.double() / 0.8).logsumexp(-1)
+        megabytes = B * (2 * K + 1) * V * bits / 8e6
+        block = torch.empty(max(1 << 22, B * (2 * K + 1) * V * bits // 16), dtype=torch.uint8, device=device)
+        other = torch.empty_like(block)
+        s = median_seconds({
+            "reference": lambda: accept_reference(target, draft, tokens, coins, temperature),
+            "plain": lambda: softmax_then_multinomial(target, draft, tokens, 0.8),
+            "fused": lambda: accept(target, draft, tokens, coins, temperature),
+            "lse": lambda: accept(target, draft, tokens, coins, temperature, lse),
+            "copy": lambda: other.copy_(block)}, device)
+        print(f"{n:7} {B:4} {V:7} {K:3} {1e6 * s['reference']:10.0f} {1e6 * s['plain']:20.0f} {1e6 * s['fused']:8.1f} {1e6 * s['lse']:9.1f}"
+              f" {megabytes:8.2f} {megabytes / 1e3 / s['fused']:6.2f} {2 * len(block) / 1e9 / s['copy']:10.2f} {s['reference'] / s['fused']:16.1f}",
+              flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="verify.py", description="Times the acceptance kernel against torch.")
+    parser.add_argument("--bench", action="store_true", required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on the CPU, bfloat16 on CUDA")
+    parser.add_argument("--batch", type=int, nargs="+", help="default: 1 on the CPU, 1 8 64 256 on CUDA")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    args = parser.parse_args()
+    cuda = args.device == "cuda"
+    bench(args.device, getattr(torch, args.dtype or ("bfloat16" if cuda else "float32")),
+          args.batch or ([1, 8, 64, 256] if cuda else [1]), args.threads[:1] if cuda else args.threads)
