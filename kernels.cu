@@ -177,7 +177,7 @@ template <class Number> struct Table {  // (B, K, ..) by its strides, 64 bits wi
 };
 struct Round {
   int64_t B, K, V;
-  int64_t* decision;  // (3, B): tokens kept, next token, status
+  int64_t *kept, *next, *status;  // (B,) each: what is decided
   Table<char> target_logits, draft_logits;
   Table<double> draft_lse, coins, temperature;
   Table<int64_t> tokens;
@@ -215,12 +215,11 @@ template <class Team> FN void decide(Team& team, const Round& r, int64_t b) {
     if (next == -1) next = draw(team, {target, nullptr, -1}, coin);  // also if target_p = draft_q, up to rounding
     if (next < 0) status = NO_DISTRIBUTION;
   }
-  if (team.rank == 0) r.decision[b] = kept, r.decision[r.B + b] = next, r.decision[2 * r.B + b] = status;
+  if (team.rank == 0) r.kept[b] = kept, r.next[b] = next, r.status[b] = status;
 }
 
 // ---- the operator -------------------------------------------------------------------------------------------
 void run(const Round& r, int device);  // decide() for every batch row
-
 template <class Number>
 Table<Number> table(const Tensor& x, const Tensor& like, std::vector<int64_t> shape) {
   const ScalarType type = x.scalar_type();
@@ -234,18 +233,21 @@ Table<Number> table(const Tensor& x, const Tensor& like, std::vector<int64_t> sh
   return {static_cast<const Number*>(x.const_data_ptr()), x.stride(0) * unit, stride, type};
 }
 
-Tensor accept(Tensor target_logits, std::optional<Tensor> draft_logits, std::optional<Tensor> draft_lse,
-              Tensor tokens, Tensor coins, Tensor temperature) {
-  const int64_t B = tokens.size(0), K = tokens.size(1), V = target_logits.size(2), shape[] = {3, B};
-  Tensor out = torch::stable::new_empty(tokens, {shape, 2});
-  Round r{B, K, V, static_cast<int64_t*>(out.mutable_data_ptr()), table<char>(target_logits, out, {B, K + 1, V})};
-  if (draft_logits) r.draft_logits = table<char>(*draft_logits, out, {B, K, V});
-  if (draft_lse) r.draft_lse = table<double>(*draft_lse, out, {B, K});
-  r.coins = table<double>(coins, out, {B, K + 1});
-  r.temperature = table<double>(temperature, out, {B});
-  r.tokens = table<int64_t>(tokens, out, {B, K});
-  if (B) run(r, out.get_device());
-  return out;
+using Maybe = std::optional<Tensor>;
+std::tuple<Tensor, Tensor, Tensor> accept(Tensor target_logits, Maybe draft_logits, Maybe draft_lse, Tensor tokens,
+                                          Tensor coins, Tensor temperature) {
+  const int64_t B = tokens.size(0), K = tokens.size(1), V = target_logits.size(2);
+  const auto out = [&] { return torch::stable::new_empty(tokens, {&B, 1}); };
+  const auto data = [](Tensor& x) { return static_cast<int64_t*>(x.mutable_data_ptr()); };
+  Tensor kept = out(), next = out(), status = out();
+  Round r{B, K, V, data(kept), data(next), data(status), table<char>(target_logits, tokens, {B, K + 1, V})};
+  if (draft_logits) r.draft_logits = table<char>(*draft_logits, tokens, {B, K, V});
+  if (draft_lse) r.draft_lse = table<double>(*draft_lse, tokens, {B, K});
+  r.coins = table<double>(coins, tokens, {B, K + 1});
+  r.temperature = table<double>(temperature, tokens, {B});
+  r.tokens = table<int64_t>(tokens, tokens, {B, K});
+  if (B) run(r, tokens.get_device());
+  return {kept, next, status};
 }
 
 // ---- teams, and how they are sent to work -------------------------------------------------------------------

@@ -7,8 +7,10 @@ are what is tested.
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -20,10 +22,11 @@ torch.set_num_threads(1)  # tiny models
 import aurora
 import pretrain
 import rl
+import verify
 from aurora import Generation, Request, generate
 from draft import Draft
 from model import Config, Transformer, UserError, save
-from verify import accept, inverse_cdf, probabilities
+from verify import accept, accept_reference, inverse_cdf, probabilities
 
 HERE = Path(__file__).parent
 ALARM_Z = 4.753  # one-sided normal quantile of 1e-6
@@ -828,3 +831,361 @@ def test_shipped_weights_speculate(temperature):
             if first is not None:
                 top = plain.answer_logits()[first - plain.prompt_length].topk(2).values
                 assert top[0] - top[1] < 1e-3
+
+
+# ---- the kernel: kernels.cu ------------------------------------------------------------------------------------
+
+
+def some_round(V, dtype=torch.float32, B=6, K=3, seed=0, noise=1.0):
+    """A batch with a bit of everything: rows at their own temperature, greedy ones too, drafts of 1 to K tokens,
+    impossible ids, a draft that is `noise` away from the target, and coins that are 0 or as close to 1 as they get."""
+    g = torch.Generator().manual_seed(1000 * seed + V)
+    target = 3 * torch.randn(B, K + 1, V, generator=g)
+    draft = target[:, :K] + noise * torch.randn(B, K, V, generator=g)
+    for logits in (target, draft):
+        logits.masked_fill_(torch.rand(logits.shape, generator=g) < 0.1, float("-inf"))
+        logits[..., V // 2] = 1.0  # no row without a possible id
+    target, draft = target.to(dtype), draft.to(dtype)
+    temperature = torch.tensor([1.0, 0.0, 0.3, 1.7, 0.8, 1.0])[torch.arange(B) % 6].double()
+    uniform, coins = (torch.rand(B, n, dtype=torch.float64, generator=g) for n in (K, K + 1))
+    tokens = inverse_cdf(probabilities(draft, temperature[:, None]), uniform)
+    tokens[torch.arange(K) >= K - torch.arange(B)[:, None] % 3] = -1  # -1 pads: rows draft K, K-1, K-2, K, .. tokens
+    coins[torch.rand(coins.shape, generator=g) < 0.1] = 0.0
+    coins[torch.rand(coins.shape, generator=g) < 0.1] = 1 - 2**-53
+    return [target, draft, tokens, coins, temperature]
+
+
+def misplaced(target, draft, tokens, coins, temperature, num_accepted, next_token):
+    """By how much probability each row's coins would have to move for the definition, in float64, to decide as was
+    decided (B,): 0 where it does, tiny where a coin lay within rounding of a boundary, 1 for an impossible token."""
+    target_p = probabilities(target, temperature[:, None])
+    B, K = tokens.shape
+    out = torch.zeros(B, dtype=torch.float64)
+    for b, n in enumerate(num_accepted.tolist()):
+        moves = [0.0]
+        for k in range(min(n + 1, K)):
+            x = tokens[b, k].item()
+            if x < 0:
+                moves.append(float(n > k))
+                break
+            one_hot = draft is None or temperature[b] == 0
+            draft_q = torch.nn.functional.one_hot(torch.tensor(x), target_p.shape[-1]) if one_hot else probabilities(draft[b, k], temperature[b])
+            p, q, coin = target_p[b, k, x].item(), draft_q[x].item(), coins[b, k].item()
+            moves.append(max(0.0, coin * q - p if n > k else p - coin * q))
+        mass = target_p[b, n]
+        if n < K and tokens[b, n] >= 0:
+            residual = (mass - draft_q).clamp(min=0)
+            mass = residual if residual.sum() > 0 else mass
+        cumulative, v = mass.cumsum(-1), next_token[b].item()
+        at = coins[b, K] * cumulative[-1]
+        moves.append(1.0 if mass[v] == 0 else max(0.0, (cumulative[v] - mass[v] - at).item(), (at - cumulative[v]).item()))
+        out[b] = max(moves)
+    return out
+
+
+ROUNDING = 3e-7  # of probability: float32 exponentials
+KERNEL_SIZES = [1, 31, 257, 1000, 4097, 32000, 50257, 128256, 151936]
+
+
+def need_kernel():
+    if not verify.kernel("cpu"):
+        pytest.skip("no kernel on this machine: no compiler or no ninja, or AURORA_KERNEL=reference")
+
+
+def assert_decided(decide, case, **more):
+    """`decide` says what the definition says; where it does not, a coin was within rounding of a boundary."""
+    decision = decide(*case, **more)
+    same = torch.stack([a == b for a, b in zip(decision, accept_reference(*case))]).all(0)
+    moved = misplaced(*case, *decision)
+    assert (moved[same] < 1e-12).all(), "the measure itself"
+    assert (moved < ROUNDING).all(), f"coins would have to move by {moved.tolist()}"
+    assert same.sum() >= len(same) - 1  # and that is rare
+
+
+@pytest.mark.parametrize("V", KERNEL_SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernel_decides_as_the_definition(dtype, V):
+    need_kernel()
+    for seed in range(12 if V < 5000 else 1):
+        case = some_round(V, dtype, seed=seed)
+        target, draft, tokens, coins, temperature = case
+        assert_decided(accept, case)
+        if V < 50000 or dtype == torch.float32:
+            assert_decided(accept, [target, None, tokens, coins, temperature])
+            lse = (draft.double() / temperature.where(temperature > 0, 1.0)[:, None, None]).logsumexp(-1)
+            assert_decided(accept, case, draft_lse=lse)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_kernel_on_a_draft_that_is_nearly_the_target(noise):
+    """target_p - draft_q is then the difference of nearly equal numbers; and with none, the residual is empty."""
+    need_kernel()
+    for seed in range(20):
+        target, draft, tokens, coins, temperature = some_round(1000, noise=noise, seed=seed)
+        draft = draft.where(target[:, :-1] > float("-inf"), float("-inf"))
+        tokens = torch.randint(0, 1000, tokens.shape, generator=torch.Generator().manual_seed(seed))
+        coins[:, :-1] = 1 - 1e-3 * coins[:, :-1]
+        coins[coins == 1] = 1 - 2**-53
+        case = [target, draft, tokens, coins, temperature]
+        assert (misplaced(*case, *accept(*case)) < ROUNDING).all()
+
+
+def test_kernel_draws_the_tail_at_its_rate_out_of_a_residual_too():
+    """Beside a kept mass of 1, ids that target_p has over draft_q by 1e-7 and 2e-7: the coin's thirds draw them."""
+    need_kernel()
+    V = 200_000
+    target, draft = torch.full((1, 2, V), float("-inf")), torch.full((1, 1, V), float("-inf"))
+    target[0, 0, [7, 100, V - 1]] = torch.tensor([1.0, 1e-7, 2e-7]).log()
+    draft[0, 0, [7, 8]] = torch.tensor([1.0, 1e-8]).log()
+    for coin, token in ((0.0, 100), (0.3333, 100), (0.3334, V - 1), (1 - 2**-53, V - 1)):
+        n, drawn = accept(target, draft, torch.tensor([[8]]), torch.tensor([[0.5, coin]], dtype=torch.float64))
+        assert n.item() == 0 and drawn.item() == token
+
+
+def test_kernel_reads_rows_of_any_stride():
+    """A pitch larger than V, a batch that is one row expanded, ids that do not lie side by side, sliced coins, and an
+    odd address; what lies between the rows is NaN."""
+    need_kernel()
+    target, draft, tokens, coins, temperature = some_round(257)
+    wide = [torch.full((6, x.shape[1], 300), float("nan")) for x in (target, draft)]
+    for x, y in zip(wide, (target, draft)):
+        x[..., 3:260] = y
+    wide_coins = torch.full((6, 9), 7.0, dtype=torch.float64)
+    wide_coins[:, 1::2] = coins
+    expected = accept(target, draft, tokens, coins, temperature)
+    for t, d, c in ((wide[0][..., 3:260], wide[1][..., 3:260], coins), (target, draft, wide_coins[:, 1::2]),
+                    (*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (target, draft)), coins)):
+        assert all(torch.equal(a, b) for a, b in zip(accept(t, d, tokens, c, temperature), expected))
+    one = [x[:1].expand(6, *x.shape[1:]) for x in (target, draft)]
+    case = [*one, tokens[:1].expand(6, -1), coins, temperature]
+    assert all(torch.equal(a, b) for a, b in zip(accept(*case), accept(*(x.contiguous() for x in case))))
+
+
+@pytest.mark.parametrize("strides", [(2**29, 2**30, 1), (2**31, 2**10, 1)])
+def test_kernel_addresses_more_than_2_to_the_31_elements(strides):
+    need_kernel()
+    case = some_round(100, torch.bfloat16, B=2)
+    case[1], case[2], case[3][:, :3], case[4][:] = case[0][:, :3], torch.full((2, 3), 50), 0.0, 1.0  # all kept, all read
+    try:
+        room = torch.empty(2**32, dtype=torch.bfloat16)  # 8 GB of addresses; a few pages are written
+    except RuntimeError as error:
+        pytest.skip(f"no room for 8 GB of addresses: {error}")
+    far = room.as_strided((2, 4, 100), strides)
+    far.copy_(case[0])
+    decision = accept(far, *case[1:])
+    assert decision[0].tolist() == [3, 3] and all(torch.equal(a, b) for a, b in zip(decision, accept(*case)))
+
+
+def test_kernel_reports_what_is_broken_and_accepts_none_of_it():
+    """One status per batch row, from the operator; NaN in a row that is read is never kept, at any temperature."""
+    need_kernel()
+    target, draft, tokens, coins, temperature = some_round(300, B=12)
+    for bad in (float("nan"), float("inf")):
+        for greedy in (False, True):
+            t, rows = torch.full((12,), 0.0 if greedy else 1.0, dtype=torch.float64), target.clone()
+            rows[::2, 0, 299] = bad
+            kept, _, status = torch.ops.aurora.accept(rows, draft, None, tokens, coins.zero_(), t)
+            assert status.tolist() == [4, 0] * 6 and (kept[::2] == 0).all()
+            with pytest.raises(ValueError, match=r"without a distribution.*\[0, 2, 4, 6, 8, 10\]"):
+                accept(rows, draft, tokens, coins, t)
+            spoiled = draft.clone()
+            spoiled[:, 0, 299] = bad
+            if not greedy:
+                kept, _, status = torch.ops.aurora.accept(target, spoiled, None, tokens, coins, t)
+                assert (status[tokens[:, 0] >= 0] == 4).all() and (kept == 0).all()
+                lse = torch.full((12, 3), float("-inf" if bad > 0 else "nan"), dtype=torch.float64)
+                assert (torch.ops.aurora.accept(target, draft, lse, tokens, coins, t)[2][tokens[:, 0] >= 0] == 4).all()
+    nothing = torch.full((1, 1, 300), float("-inf"))
+    for t in (0.0, 1.0):
+        with pytest.raises(ValueError, match="without a distribution"):
+            accept(nothing, None, torch.empty(1, 0, dtype=torch.int64), uniforms(1, 1), t)
+    for wrong in ([target[:, :3], draft], [target, draft[:, :2]], [target.double(), draft], [target.transpose(0, 1), draft]):
+        with pytest.raises(RuntimeError, match="does not fit"):  # who calls the operator itself is not let past the end
+            torch.ops.aurora.accept(*wrong, None, tokens, coins, temperature)
+
+
+UNREADABLE = """
+import ctypes, mmap, sys, torch
+from verify import accept, kernel
+page, V = mmap.PAGESIZE, mmap.PAGESIZE // 4
+kernel("cpu")
+def rows(n, readable):  # (1, n, V) float32, a page a row; pages not listed cannot be read
+    block = mmap.mmap(-1, n * page)
+    x = torch.frombuffer(block, dtype=torch.float32).view(1, n, V)
+    x.zero_()
+    for k in set(range(n)) - set(readable):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(x[0, k].data_ptr()), page, 0) == 0
+    return x
+tokens, last = torch.full((1, 3), 5), torch.tensor([[0.0, 0.0, 0.0, 0.5]], dtype=torch.float64)
+target = rows(4, [0])
+target[0, 0, 5] = float("-inf")
+assert accept(target, rows(3, [0]), tokens, last)[0].item() == 0  # rejected at once: one row of each
+print("early exit", flush=True)
+lse = torch.full((1, 3), float(V), dtype=torch.float64).log()
+head = rows(3, [0, 1, 2])
+assert accept(rows(4, range(4)), head, tokens, last, draft_lse=lse)[0].item() == 3
+assert accept(rows(4, range(4)), rows(3, []), tokens, last, 0.0)[0].item() == 0  # greedy: no row of the draft
+pad = torch.tensor([[-1, -1, -1]])
+assert accept(rows(4, [0]), rows(3, []), pad, last)[0].item() == 0  # a pad: target_p alone
+print("done", flush=True)
+"""
+
+
+def test_kernel_reads_no_row_that_it_does_not_need():
+    """Rows after the stop, the draft's where it is greedy or pads: on pages whose reading ends the process."""
+    need_kernel()
+    done = subprocess.run([sys.executable, "-c", UNREADABLE], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["early exit", "done"], done.stderr[-2000:]
+
+
+def test_kernel_decides_a_row_alone_as_in_a_batch_on_two_threads_as_on_one():
+    need_kernel()
+    case = some_round(32000, torch.bfloat16, B=12)
+    one = accept(*case)
+    torch.set_num_threads(2)
+    two = accept(*case)
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+    for b in range(12):
+        assert all(torch.equal(a, x[b : b + 1]) for a, x in zip(accept(*(x[b : b + 1] for x in case)), one))
+
+
+def test_kernel_is_a_torch_operator():
+    need_kernel()
+    target, draft, tokens, coins, temperature = some_round(31)
+    for arguments in ([target, draft, None, tokens, coins, temperature], [target.requires_grad_(), None, None, tokens, coins, temperature],
+                      [target[:0], draft[:0], None, tokens[:0], coins[:0], temperature[:0]]):
+        torch.library.opcheck(torch.ops.aurora.accept.default, arguments)
+    run = lambda x: torch.ops.aurora.accept(2 * x, draft, None, tokens, coins, temperature)[1] + 1
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(target), run(target))
+
+
+LOCKSTEP = """
+#include <barrier>
+#include <cstdlib>
+#include <thread>
+
+struct Lockstep {  // LOCKSTEP_TEAM threads on every batch row; they meet at a board where each leaves its number
+  static constexpr int W = 16;
+  int64_t rank, size;
+  double* board;
+  std::barrier<>& gate;
+  template <class Fold> double meet(double x, Fold fold) {
+    board[rank] = x;
+    gate.arrive_and_wait();
+    double all = board[0];
+    for (int64_t i = 1; i < size; i++) all = fold(all, board[i]);
+    gate.arrive_and_wait();
+    return all;
+  }
+  double max(double x) { return meet(x, [](double a, double b) { return a > b ? a : b; }); }
+  void sum(double* x, int n) { for (int i = 0; i < n; i++) x[i] = meet(x[i], [](double a, double b) { return a + b; }); }
+};
+
+void run(const Round& r, int) {
+  const int size = atoi(getenv("LOCKSTEP_TEAM"));
+  std::vector<double> board(size);
+  std::barrier<> gate(size);
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < size; rank++)
+    threads.emplace_back([&, rank] {
+      Lockstep team{rank, size, board.data(), gate};
+      for (int64_t b = 0; b < r.B; b++) decide(team, r, b);
+    });
+  for (auto& thread : threads) thread.join();
+}
+STABLE_TORCH_LIBRARY(aurora_lockstep, library) {
+  library.def("accept(Tensor target_logits, Tensor? draft_logits, Tensor? draft_lse, Tensor draft_tokens, Tensor coins, "
+              "Tensor temperature) -> (Tensor, Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(aurora_lockstep, CPU, library) { library.impl("accept", TORCH_BOX(&accept)); }
+"""
+
+
+@pytest.fixture(scope="module")
+def lockstep(tmp_path_factory):
+    """The kernel's lines up to its teams, with a team of CPU threads in their place."""
+    need_kernel()
+    source = tmp_path_factory.mktemp("lockstep") / "lockstep.cu"
+    source.write_text((HERE / "kernels.cu").read_text().split("// ---- teams")[0] + LOCKSTEP)
+    verify.load_kernel("cpu", source)
+
+    def decide(target, draft, tokens, coins, temperature):
+        kept, token, status = torch.ops.aurora_lockstep.accept(target, draft, None, tokens, coins, temperature)
+        assert (status == 0).all()
+        return kept, token
+
+    return decide
+
+
+@pytest.mark.parametrize("team", [1, 2, 7])
+@pytest.mark.parametrize("V", [1, 31, 1000, 20_000])
+def test_kernel_decides_alike_whatever_the_team(lockstep, monkeypatch, V, team):
+    """Tiles of 16 ids, as on a GPU: a reduction that is forgotten, or a part of the row that nobody reads, shows."""
+    monkeypatch.setenv("LOCKSTEP_TEAM", str(team))
+    for seed in range(4):
+        target, draft, tokens, coins, temperature = some_round(V, seed=seed)
+        assert_decided(lockstep, [target, draft, tokens, coins, temperature])
+    assert_decided(lockstep, [target, None, tokens, coins, temperature])
+
+
+def test_without_a_compiler_the_reference_takes_over_with_one_warning(tmp_path, monkeypatch):
+    case = some_round(31)
+    expected = accept_reference(*case)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    try:
+        for choice, warned in (("", 1), ("reference", 0), ("fused", None), ("magic", None)):
+            monkeypatch.setenv("AURORA_KERNEL", choice)
+            verify.kernel.cache_clear(), verify.load_kernel.cache_clear()
+            if warned is None:
+                with pytest.raises((RuntimeError, ValueError), match="[Nn]inja|AURORA_KERNEL"):
+                    accept(*case)
+                continue
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for _ in range(3):
+                    assert all(torch.equal(a, b) for a, b in zip(accept(*case), expected))
+            assert len([w for w in caught if "kernels.cu" in str(w.message)]) == warned
+        assert not list(tmp_path.iterdir())
+    finally:
+        verify.kernel.cache_clear(), verify.load_kernel.cache_clear()
+
+
+def test_kernel_compiles_for_cuda(tmp_path):
+    """Compiled, not run: nvcc for sm_80, sm_90 and sm_100, against whatever build of torch is here."""
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc on this machine")
+    architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90, 100)]
+    include = Path(torch.__file__).parent / "include"
+    done = subprocess.run(["nvcc", "-std=c++20", *architectures, "--threads", "3", "-isystem", include, "-Werror", "all-warnings",
+                           "-c", HERE / "kernels.cu", "-o", tmp_path / "kernels.o"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+class TestOnAGpu:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("V", KERNEL_SIZES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_kernel_decides_as_the_definition(self, dtype, V):
+        assert verify.kernel("cuda"), "not built"
+        decide = lambda *case: [x.cpu() for x in accept(*(x if x is None else x.cuda() for x in case))]
+        for seed in range(3):
+            case = some_round(V, dtype, seed=seed)
+            assert_decided(decide, case)
+            assert_decided(decide, [case[0], None, *case[2:]])
+
+    def test_kernel_can_be_captured_in_a_graph(self):
+        assert verify.kernel("cuda"), "not built"
+        case = [x.cuda() for x in some_round(32000, torch.bfloat16)]
+        case.insert(2, None)
+        first = torch.ops.aurora.accept(*case)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            second = torch.ops.aurora.accept(*case)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(first, second))

@@ -90,9 +90,9 @@ def accept(target_logits, draft_logits, draft_tokens, coins, temperature=1.0, dr
     if not fused or any(x is not None and x.dtype not in FUSED_DTYPES for x in (target_logits, draft_logits)):
         return accept_reference(target_logits, draft_logits, draft_tokens, coins, temperature)
 
-    decision = fused(_rows(target_logits), _rows(draft_logits), draft_lse, draft_tokens, coins, temperature)  # (3, B)
-    num_accepted, next_token, status = decision.unbind()
-    worst = max(status.tolist(), default=0)  # the one transfer to the host
+    target_logits, draft_logits = _rows(target_logits), _rows(draft_logits)
+    num_accepted, next_token, status = fused(target_logits, draft_logits, draft_lse, draft_tokens, coins, temperature)
+    worst = max(status.tolist(), default=0)  # (B,), 0 if all is well; the one transfer to the host
     if worst:
         raise ValueError(f"{REASONS[worst]}; batch rows {[b for b, s in enumerate(status.tolist()) if s]}")
     return num_accepted, next_token
@@ -211,12 +211,12 @@ def load_kernel(device, source=Path(__file__).with_name("kernels.cu")):
 
 @functools.cache
 def declare_operator():
-    """aurora::accept for torch.compile: its schema, and the shape of what it returns, (3, B): tokens kept, next token,
-    status (0, or the index of a reason).  Whoever calls it directly has to look at the status."""
+    """aurora::accept for torch.compile: its schema, and the shapes of what it returns, (B,) int64 each: tokens kept,
+    next token, status (0, or the index of a reason).  Whoever calls it directly has to look at the status."""
     torch.library.define("aurora::accept", "(Tensor target_logits, Tensor? draft_logits, Tensor? draft_lse, "
-                                           "Tensor draft_tokens, Tensor coins, Tensor temperature) -> Tensor")
+                                           "Tensor draft_tokens, Tensor coins, Tensor temperature) -> (Tensor, Tensor, Tensor)")
     torch.library.register_fake("aurora::accept", lambda target_logits, draft_logits, draft_lse, draft_tokens, coins,
-                                temperature: draft_tokens.new_empty(3, draft_tokens.shape[0]))
+                                temperature: tuple(draft_tokens.new_empty(draft_tokens.shape[0]) for _ in range(3)))
 
 
 # ---- python verify.py --bench ------------------------------------------------------------------------------
