@@ -1091,6 +1091,7 @@ void run(const Round& r, int) {
     threads.emplace_back([&, rank] {
       Lockstep team{rank, size, board.data(), gate};
       for (int64_t b = 0; b < r.B; b++) decide(team, r, b);
+      gate.arrive_and_drop();  // if they came to differ, and so meet no more, the test is to fail and not to hang
     });
   for (auto& thread : threads) thread.join();
 }
