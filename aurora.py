@@ -33,7 +33,7 @@ from draft import Draft, load_draft
 from model import UserError, load_target, save
 from pretrain import CLASSES, traffic
 from rl import ESTIMATORS, Learner, Trace
-from verify import accept
+from verify import accept, kernel
 
 HERE = Path(__file__).parent
 ARMS = ("plain", "static", "online")
@@ -515,9 +515,11 @@ def facts(target, draft, args, requests):
     count = lambda model: sum(p.numel() for p in model.parameters())
     weights = count(target) * target.lm_head.weight.element_size()
     c = target.config
+    fused = kernel(torch.device(args.device).type)  # compiled now, where it has to be, and not within a request's seconds
     print(f"target   {args.target}: {count(target) / 1e6:.1f}M parameters, {c.num_hidden_layers} layers of {c.hidden_size}, "
           f"{args.dtype}, {weights / 1e6:.0f} MB of weights a forward, {args.device}, {torch.get_num_threads()} threads\n"
           f"draft    {args.draft}: {count(draft) / 1e6:.1f}M parameters in one layer, K = {args.num_speculative_tokens}, temperature {args.temperature}\n"
+          f"verify   {'kernels.cu' if fused else 'the torch reference'}\n"
           f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, a version every {args.publish_every} requests'}\n"
           f"traffic  {', '.join(dict.fromkeys(r.kind for r in requests))}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
 

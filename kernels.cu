@@ -59,9 +59,11 @@ FN float weight(float x, const Temperature& T) {
 template <int W, class Stored> FN void load_as(const Stored* from, int64_t count, float* z) {
 #ifdef __CUDACC__  // a GPU thread reads 16 bytes at once if they are aligned (of odd V, most rows are not)
   constexpr int N = 16 / sizeof(Stored);
-  struct alignas(16) Pack { Stored at[N]; };
   if (count >= W && W % N == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-    for (int i = 0; i < W; i++) z[i] = reinterpret_cast<const Pack*>(from)[i / N].at[i % N];
+    for (int i = 0; i < W; i += N) {
+      const uint4 pack = *reinterpret_cast<const uint4*>(from + i);
+      for (int j = 0; j < N; j++) z[i + j] = reinterpret_cast<const Stored*>(&pack)[j];
+    }
     return;
   }
 #endif
@@ -190,7 +192,6 @@ template <class Team> FN void decide(Team& team, const Round& r, int64_t b) {
     if (r.tokens.at(b, k) < -1 || r.tokens.at(b, k) >= r.V) status = BAD_TOKEN;
   for (int64_t k = 0; k <= r.K; k++)
     if (!(r.coins.at(b, k) >= 0 && r.coins.at(b, k) < 1)) status = BAD_COIN;
-
   const double coin = T.value > 0 ? r.coins.at(b, r.K) : 0;  // greedy: the first id that has any mass
   int64_t kept = 0, next = -1;
   while (status == OK && next < 0) {
@@ -233,9 +234,8 @@ Table<Number> table(const Tensor& x, const Tensor& like, std::vector<int64_t> sh
   return {static_cast<const Number*>(x.const_data_ptr()), x.stride(0) * unit, stride, type};
 }
 
-using Maybe = std::optional<Tensor>;
-std::tuple<Tensor, Tensor, Tensor> accept(Tensor target_logits, Maybe draft_logits, Maybe draft_lse, Tensor tokens,
-                                          Tensor coins, Tensor temperature) {
+auto accept(Tensor target_logits, std::optional<Tensor> draft_logits, std::optional<Tensor> draft_lse, Tensor tokens,
+            Tensor coins, Tensor temperature) {
   const int64_t B = tokens.size(0), K = tokens.size(1), V = target_logits.size(2);
   const auto out = [&] { return torch::stable::new_empty(tokens, {&B, 1}); };
   const auto data = [](Tensor& x) { return static_cast<int64_t*>(x.mutable_data_ptr()); };
@@ -247,7 +247,7 @@ std::tuple<Tensor, Tensor, Tensor> accept(Tensor target_logits, Maybe draft_logi
   r.temperature = table<double>(temperature, tokens, {B});
   r.tokens = table<int64_t>(tokens, tokens, {B, K});
   if (B) run(r, tokens.get_device());
-  return {kept, next, status};
+  return std::make_tuple(kept, next, status);
 }
 
 // ---- teams, and how they are sent to work -------------------------------------------------------------------
