@@ -942,6 +942,19 @@ def test_kernel_draws_the_tail_at_its_rate_out_of_a_residual_too():
         assert n.item() == 0 and drawn.item() == token
 
 
+def test_kernel_adds_up_what_is_small():
+    """One id of weight 1 and 199,999 of 1e-8, which are 0.002 together and nothing to a float32 sum that holds the 1:
+    whether that id is kept, and which is drawn, for coins 1e-6 to either side of its probability."""
+    need_kernel()
+    target = torch.full((4, 2, 200_000), 1e-8).log()
+    target[:, :, 0] = 0.0
+    p = 1 / (1 + 199_999 * torch.tensor(1e-8).log().double().exp().item())
+    coins = torch.tensor([[p - 1e-6, 0.5], [p + 1e-6, 0.5], [0.5, p - 1e-6], [0.5, p + 1e-6]], dtype=torch.float64)
+    n, token = accept(target, None, torch.zeros(4, 1, dtype=torch.int64), coins)
+    assert n.tolist() == [1, 0, 1, 1] and token[[0, 2]].tolist() == [0, 0]
+    assert abs(token[1].item() - 100_000) < 10 and 90 < token[3].item() < 110
+
+
 def test_kernel_reads_rows_of_any_stride():
     """A pitch larger than V, a batch that is one row expanded, ids that do not lie side by side, sliced coins, and an
     odd address; what lies between the rows is NaN."""
