@@ -930,6 +930,17 @@ def test_kernel_on_a_draft_that_is_nearly_the_target(noise):
         assert (misplaced(*case, *accept(*case)) < ROUNDING).all()
 
 
+def test_kernel_finds_the_residual_of_equal_rows_empty():
+    """p - q is 0 then, not what a fused multiply-add leaves of it: the token is drawn from target_p as a whole."""
+    need_kernel()
+    row = 3 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    row[5] = float("-inf")
+    target, coins = row.expand(200, 2, 1000), uniforms(200, 2)
+    case = [target, target[:, :1], torch.full((200, 1), 5), coins, torch.linspace(0.2, 2, 200).double()]
+    decision = accept(*case)
+    assert (decision[0] == 0).all() and all(torch.equal(a, b) for a, b in zip(decision, accept_reference(*case)))
+
+
 def test_kernel_draws_the_tail_at_its_rate_out_of_a_residual_too():
     """Beside a kept mass of 1, ids that target_p has over draft_q by 1e-7 and 2e-7: the coin's thirds draw them."""
     need_kernel()

@@ -188,10 +188,10 @@ def load_kernel(device, source=Path(__file__).with_name("kernels.cu")):
     name.  It is built in a folder of its own and moved into place, so there is no lock that a Ctrl-C could leave."""
     declare_operator()
     march = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}.get(torch.backends.cpu.get_cpu_capability(), [])
-    flags = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *march]  # not -ffast-math: NaN must stay NaN
+    # Not -ffast-math: NaN must stay NaN.  And a * b - c * d must be 0 if a = c and b = d, so the compiler fuses none.
+    flags = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", *march]
     built_from = [source.read_text(), torch.__version__, *flags]
     if device == "cuda":
-        flags = []
         built_from += [torch.version.cuda, *(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))]
     name = f"aurora_{device}_{hashlib.sha256(repr(built_from).encode()).hexdigest()[:16]}"
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions") / f"{name}.so"
@@ -202,8 +202,8 @@ def load_kernel(device, source=Path(__file__).with_name("kernels.cu")):
         print(f"compiling kernels.cu for {device}, once: {'a minute' if device == 'cuda' else 'some seconds'} ...", file=sys.stderr, flush=True)
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
-            cpp_extension.load(name, [str(source)], extra_cflags=["-x", "c++", *flags], build_directory=folder,
-                               with_cuda=device == "cuda", is_python_module=False)
+            cpp_extension.load(name, [str(source)], extra_cflags=["-x", "c++", *flags], extra_cuda_cflags=["-fmad=false"],
+                               build_directory=folder, with_cuda=device == "cuda", is_python_module=False)
             os.replace(Path(folder) / cache.name, cache)
     else:
         torch.ops.load_library(cache)
