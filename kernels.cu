@@ -61,8 +61,9 @@ template <int W, class Stored> FN void load_as(const Stored* from, int64_t count
   constexpr int N = 16 / sizeof(Stored);
   if (count >= W && W % N == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
     for (int i = 0; i < W; i += N) {
-      const uint4 pack = *reinterpret_cast<const uint4*>(from + i);
-      for (int j = 0; j < N; j++) z[i + j] = reinterpret_cast<const Stored*>(&pack)[j];
+      Stored pack[N];
+      memcpy(pack, __builtin_assume_aligned(from + i, 16), 16);
+      for (int j = 0; j < N; j++) z[i + j] = pack[j];
     }
     return;
   }
