@@ -966,6 +966,18 @@ def test_kernel_adds_up_what_is_small():
     assert abs(token[1].item() - 100_000) < 10 and 90 < token[3].item() < 110
 
 
+def test_kernel_divides_by_the_temperature_more_finely_than_float32():
+    """200,000 ids, all 12.2 below one, halve the probability; 1 / T rounded to float32 would move it by 8e-8."""
+    need_kernel()
+    slopes = 1 / torch.linspace(0.9, 1.1, 999).double() / torch.tensor(2.0).double().log()
+    T = 1 / slopes[((slopes.float().double() - slopes) / slopes).argmax()].item() / torch.tensor(2.0).double().log().item()
+    target = torch.full((2, 2, 200_000), -12.2)
+    target[..., 0] = 0.0
+    p = (target[0, 0].double() / T).softmax(-1)[0].item()
+    coins = torch.tensor([[p - 4e-8, 0.5], [p + 4e-8, 0.5]], dtype=torch.float64)
+    assert accept(target, None, torch.zeros(2, 1, dtype=torch.int64), coins, T)[0].tolist() == [1, 0]
+
+
 def test_kernel_reads_rows_of_any_stride():
     """A pitch larger than V, a batch that is one row expanded, ids that do not lie side by side, sliced coins, and an
     odd address; what lies between the rows is NaN."""
@@ -1029,37 +1041,36 @@ def test_kernel_reports_what_is_broken_and_accepts_none_of_it():
 
 
 UNREADABLE = """
-import ctypes, mmap, sys, torch
+import ctypes, mmap, torch
 from verify import accept, kernel
-page, V = mmap.PAGESIZE, mmap.PAGESIZE // 4
+page = mmap.PAGESIZE
+V = 2 * page // 4
 kernel("cpu")
-def rows(n, readable):  # (1, n, V) float32, a page a row; pages not listed cannot be read
-    block = mmap.mmap(-1, n * page)
-    x = torch.frombuffer(block, dtype=torch.float32).view(1, n, V)
-    x.zero_()
-    for k in set(range(n)) - set(readable):
-        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(x[0, k].data_ptr()), page, 0) == 0
+def rows(*pages):  # (1, n, V) float32 zeros, a row is two pages; how many of them can be read
+    x = torch.frombuffer(mmap.mmap(-1, 2 * len(pages) * page), dtype=torch.float32).view(1, -1, V).zero_()
+    for k, n in enumerate(pages):
+        if n < 2:
+            assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(x[0, k].data_ptr() + n * page), (2 - n) * page, 0) == 0
     return x
-tokens, last = torch.full((1, 3), 5), torch.tensor([[0.0, 0.0, 0.0, 0.5]], dtype=torch.float64)
-target = rows(4, [0])
+tokens, coins = torch.full((1, 3), 5), torch.tensor([[0.0, 0.0, 0.0, 0.5]], dtype=torch.float64)
+target = rows(2, 0, 0, 0)
 target[0, 0, 5] = float("-inf")
-assert accept(target, rows(3, [0]), tokens, last)[0].item() == 0  # rejected at once: one row of each
+assert accept(target, rows(2, 0, 0), tokens, coins)[0].item() == 0  # rejected at once: one row of each
 print("early exit", flush=True)
 lse = torch.full((1, 3), float(V), dtype=torch.float64).log()
-head = rows(3, [0, 1, 2])
-assert accept(rows(4, range(4)), head, tokens, last, draft_lse=lse)[0].item() == 3
-assert accept(rows(4, range(4)), rows(3, []), tokens, last, 0.0)[0].item() == 0  # greedy: no row of the draft
-pad = torch.tensor([[-1, -1, -1]])
-assert accept(rows(4, [0]), rows(3, []), pad, last)[0].item() == 0  # a pad: target_p alone
+assert accept(rows(2, 2, 2, 2), rows(1, 1, 1), tokens, coins, draft_lse=lse)[0].item() == 3  # kept: the token's logit
+print("lse", flush=True)
+assert accept(rows(2, 0, 0, 0), rows(0, 0, 0), tokens, coins, 0.0)[0].item() == 0  # greedy: nothing of the draft
+assert accept(rows(2, 0, 0, 0), rows(0, 0, 0), torch.full((1, 3), -1), coins)[0].item() == 0  # a pad: target_p alone
 print("done", flush=True)
 """
 
 
 def test_kernel_reads_no_row_that_it_does_not_need():
-    """Rows after the stop, the draft's where it is greedy or pads: on pages whose reading ends the process."""
+    """Rows after the stop, and what is not needed of the draft's: on pages whose reading ends the process."""
     need_kernel()
     done = subprocess.run([sys.executable, "-c", UNREADABLE], cwd=HERE, capture_output=True, text=True)
-    assert done.stdout.split("\n")[:2] == ["early exit", "done"], done.stderr[-2000:]
+    assert done.stdout.split() == ["early", "exit", "lse", "done"], done.stderr[-2000:]
 
 
 def test_kernel_decides_a_row_alone_as_in_a_batch_on_two_threads_as_on_one():
