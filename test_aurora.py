@@ -916,6 +916,13 @@ def test_kernel_decides_as_the_definition(dtype, V):
             assert_decided(accept, case, draft_lse=lse)
 
 
+def test_kernel_takes_a_draft_of_another_dtype():
+    need_kernel()
+    for a, b in itertools.permutations((torch.float32, torch.bfloat16, torch.float16), 2):
+        target, draft, *rest = some_round(257)
+        assert_decided(accept, [target.to(a), draft.to(b), *rest])
+
+
 @pytest.mark.parametrize("noise", [0.0, 1e-3])
 def test_kernel_on_a_draft_that_is_nearly_the_target(noise):
     """target_p - draft_q is then the difference of nearly equal numbers; and with none, the residual is empty."""
