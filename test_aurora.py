@@ -916,6 +916,16 @@ def test_kernel_decides_as_the_definition(dtype, V):
             assert_decided(accept, case, draft_lse=lse)
 
 
+@pytest.mark.parametrize("V", [4, 1024, 65536])
+def test_kernel_gives_a_coin_on_a_boundary_to_the_id_above(V):
+    """V equal ids, V a power of two, so that every boundary i/V is exact."""
+    need_kernel()
+    i = torch.arange(0, V, max(1, V // 64))
+    none = torch.empty(len(i), 0, dtype=torch.int64)
+    drawn = accept(torch.zeros(1, 1, V).expand(len(i), 1, V), None, none, (i.double() / V)[:, None])[1]
+    assert torch.equal(drawn, i)
+
+
 def test_kernel_takes_a_draft_of_another_dtype():
     need_kernel()
     for a, b in itertools.permutations((torch.float32, torch.bfloat16, torch.float16), 2):
