@@ -515,7 +515,10 @@ def facts(target, draft, args, requests):
     count = lambda model: sum(p.numel() for p in model.parameters())
     weights = count(target) * target.lm_head.weight.element_size()
     c = target.config
-    fused = kernel(torch.device(args.device).type)  # compiled now, where it has to be, and not within a request's seconds
+    try:
+        fused = kernel(torch.device(args.device).type)  # compiled now if need be, and not within a request's seconds
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error).splitlines()[0])
     print(f"target   {args.target}: {count(target) / 1e6:.1f}M parameters, {c.num_hidden_layers} layers of {c.hidden_size}, "
           f"{args.dtype}, {weights / 1e6:.0f} MB of weights a forward, {args.device}, {torch.get_num_threads()} threads\n"
           f"draft    {args.draft}: {count(draft) / 1e6:.1f}M parameters in one layer, K = {args.num_speculative_tokens}, temperature {args.temperature}\n"

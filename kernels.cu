@@ -51,8 +51,7 @@ FN float weight(float x, const Temperature& T) {
   float g = fmaf(x, T.lo, fmaf(x, T.hi, 12582912.0f - shifted)) * 0.6931471806f;
   float e = fmaf(g, fmaf(g, fmaf(g, 1 / 5040.0f, 1 / 720.0f), 1 / 120.0f), 1 / 24.0f);
   e = fmaf(g, fmaf(g, fmaf(g, fmaf(g, e, 1 / 6.0f), 0.5f), 1.0f), 1.0f);
-  float power = c10::detail::fp32_from_bits((c10::detail::fp32_to_bits(shifted) << 23) + 0x3f800000);  // 2^n
-  return exponent < -125 ? 0 : e * power;
+  return exponent < -125 ? 0 : e * c10::detail::fp32_from_bits((c10::detail::fp32_to_bits(shifted) << 23) + 0x3f800000);
 }
 
 // ---- a row of logits ----------------------------------------------------------------------------------------
