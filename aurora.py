@@ -339,6 +339,7 @@ def arguments(argv):
     group.add_argument("--estimator", choices=ESTIMATORS, default="log")
     group.add_argument("--target-side", type=float, default=0.0, metavar="SHARE", help="of the loss that comes from the target's own tokens, 0 to 1")
     group.add_argument("--lr", type=float, help="of Muon; None: 0.05 for a scratch draft, 0.005 for a trained one")
+    group.add_argument("--steps", type=int, help="of the optimizer after each request; None: 3 for a scratch draft, 1 for a trained one")
     group.add_argument("--publish-every", type=int, default=1, metavar="M", help="requests per served version")
     group.add_argument("--no-learn", action="store_true")
     group = parser.add_argument_group("measuring and keeping")
@@ -352,13 +353,13 @@ def arguments(argv):
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     group.add_argument("--threads", type=int, default=0, help="0: one for a target under 50M parameters, else as torch chooses")
     args = parser.parse_args(argv)
-    for name, low in (("requests", 1), ("max_new_tokens", 1), ("num_speculative_tokens", 1), ("publish_every", 1), ("threads", 0)):
+    lr, steps = (0.05, 3) if args.draft == "scratch" else (0.005, 1)  # a random draft has nothing to lose
+    args.lr, args.steps = lr if args.lr is None else args.lr, steps if args.steps is None else args.steps
+    for name, low in (("requests", 1), ("max_new_tokens", 1), ("num_speculative_tokens", 1), ("steps", 1), ("publish_every", 1), ("threads", 0)):
         if getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
     if args.temperature and not 0.01 <= args.temperature < float("inf"):
         parser.error(f"--temperature must be 0 (greedy) or at least 0.01, got {args.temperature}")
-    if args.lr is None:
-        args.lr = 0.05 if args.draft == "scratch" else 0.005  # a random draft has nothing to lose
     if not 0 < args.lr < float("inf"):
         parser.error(f"--lr must be positive, got {args.lr}")
     if not 0 <= args.target_side <= 1:
@@ -523,7 +524,7 @@ def facts(target, draft, args, requests):
           f"{args.dtype}, {weights / 1e6:.0f} MB of weights a forward, {args.device}, {torch.get_num_threads()} threads\n"
           f"draft    {args.draft}: {count(draft) / 1e6:.1f}M parameters in one layer, K = {args.num_speculative_tokens}, temperature {args.temperature}\n"
           f"verify   {'kernels.cu' if fused else 'the torch reference'}\n"
-          f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, a version every {args.publish_every} requests'}\n"
+          f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, {args.steps} steps a request, a version every {args.publish_every}'}\n"
           f"traffic  {', '.join(dict.fromkeys(r.kind for r in requests))}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
 
 
@@ -534,7 +535,7 @@ def main(argv=None):
     requests = make_requests(pairs or built_in_prompts(args), args, target.config)
     if args.prompt is not None:
         return stream(target, draft, requests[0], args)
-    learner = Learner(draft, args.estimator, args.lr, args.target_side, seed=args.seed)
+    learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, seed=args.seed)
     learner.restore(state)
     facts(target, draft, args, requests)
     journal, trouble = Journal(args, len(requests)), None

@@ -184,13 +184,14 @@ class Learner:
     """Learns in place on the draft it is given; what serves is a copy that the driver takes of a published version.
 
     target_side in 0..1 is the share of the loss that comes from the target's own tokens; the rest is the policy
-    gradient on the draft's.  `replays` traces of the last `buffer_size` join each update."""
+    gradient on the draft's.  An update is `steps` optimizer steps, each on two traces: first the new one and one
+    of the last `buffer_size`, then two of these."""
 
-    def __init__(self, draft, estimator, lr, target_side, buffer_size=32, replays=1, seed=0):
-        self.draft, self.estimator, self.target_side, self.replays = draft, estimator, target_side, replays
+    def __init__(self, draft, estimator, lr, target_side, steps=1, buffer_size=32, seed=0):
+        self.draft, self.estimator, self.target_side, self.steps = draft, estimator, target_side, steps
         self.optimizers = optimizers(draft, lr)
         self.buffer = deque(maxlen=buffer_size)  # recent traces
-        self.updates, self.version, self.published = 0, 0, 0  # optimizer steps; newest version; steps it has had
+        self.updates, self.version, self.published = 0, 0, 0  # traces learned from; newest version; how many it has
         self.generator = torch.Generator().manual_seed(seed)
 
     def loss(self, trace):
@@ -206,24 +207,24 @@ class Learner:
         return loss
 
     def update(self, trace):
-        """One step on this trace and `replays` from the buffer -> {"loss", "learn_seconds"}.
+        """Learns from one more trace -> {"loss": its own, "learn_seconds"}.
 
-        Raises UserError, and leaves the draft as it is, when the gradient is not finite."""
-        begun = time.perf_counter()
-        picks = torch.randperm(len(self.buffer), generator=self.generator)[: self.replays].tolist()
-        batch = [trace] + [self.buffer[i] for i in picks]
-        losses = []
-        for example in batch:
-            loss = self.loss(example)
-            (loss / len(batch)).backward()
-            losses.append(loss.item())
-        norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
-        if not norm.isfinite():
-            raise UserError(f"learning diverged at update {self.updates + 1}: the gradient is not finite; lower --lr")
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        Raises UserError, and takes no step, when the gradient is not finite."""
+        begun, losses = time.perf_counter(), []
         self.buffer.append(trace)
+        for step in range(self.steps):
+            order = torch.randperm(len(self.buffer), generator=self.generator).tolist()
+            batch = [self.buffer[i] for i in order[:2]] if step else [trace, self.buffer[order[0]]]
+            for example in batch:
+                loss = self.loss(example)
+                (loss / len(batch)).backward()
+                losses.append(loss.item())
+            norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
+            if not norm.isfinite():
+                raise UserError(f"learning diverged at update {self.updates + 1}: the gradient is not finite; lower --lr")
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
         self.updates += 1
         return {"loss": losses[0], "learn_seconds": time.perf_counter() - begun}
 
