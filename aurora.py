@@ -21,6 +21,7 @@ import copy
 import importlib.util
 import json
 import random
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ class Generation:
             behaviour = log_q.gather(-1, draft_tokens[..., None]).squeeze(-1)
         return Trace(
             ids=torch.tensor(self.committed[b], device=self.device), prompt_length=len(request.prompt),
-            features=torch.cat([self.prompt_features[b], *features])[: len(self.committed[b]) - 1],
+            features=torch.cat([self.prompt_features[b], *features]),
             starts=torch.stack(starts), draft_tokens=draft_tokens, behaviour_logprobs=behaviour,
             target_logits=torch.stack(target_logits), num_accepted=torch.tensor(accepted),
             temperature=request.temperature, version=version)
@@ -148,10 +149,9 @@ def generate(target, draft, request, K, version=0):
 # ---- the loop ------------------------------------------------------------------------------------
 
 
-def aurora(target, learner, static, requests, args, journal):
+def aurora(target, served, learner, static, requests, args, journal):
     """The algorithm: every request is served by the newest draft, and its trace makes the next one."""
     K = args.num_speculative_tokens
-    served = copy.deepcopy(learner.draft)
     for request, arms in plan(requests, args.compare):
         for arm in arms:
             if arm == "online":
@@ -167,20 +167,18 @@ def aurora(target, learner, static, requests, args, journal):
 
 
 def plan(requests, compare):
-    """Which arms serve each request: all three, or the online one and, four times a class, plain decoding.  Their
-    order rotates, so that whatever drifts on the machine meets them all."""
-    by_class, turns, out = {}, 0, []
+    """Which arms serve each request: all three, or the online one and, up to four times a class, plain decoding.
+    Their order rotates, so that whatever drifts on the machine meets them all."""
+    kinds, seen, turns, out = [r.kind for r in requests], {}, 0, []
     for request in requests:
-        by_class.setdefault(request.kind, []).append(request)
-    for same in by_class.values():
-        for index, request in enumerate(same):
-            arms = ("plain", "static", "online") if compare else ("plain", "online")
-            if compare or index % -(-len(same) // 4) == 0:
-                turn, turns = turns % len(arms), turns + 1
-                arms = arms[turn:] + arms[:turn]
-            else:
-                arms = ("online",)
-            out.append((request, arms))
+        index = seen[request.kind] = seen.get(request.kind, -1) + 1
+        arms = ("plain", "static", "online") if compare else ("plain", "online")
+        if compare or index % -(-kinds.count(request.kind) // 4) == 0:
+            turn, turns = turns % len(arms), turns + 1
+            arms = arms[turn:] + arms[:turn]
+        else:
+            arms = ("online",)
+        out.append((request, arms))
     return out
 
 
@@ -293,17 +291,18 @@ def plot(journal, path):
 
     kinds = list(journal.report())
     figure, axes = pyplot.subplots(figsize=(9, 3.6), constrained_layout=True)
-    for arm, colour in (("static", "tab:gray"), ("online", "tab:orange")):
-        series = [r["mean_acceptance_length"] for kind in kinds for r in journal.of(kind, arm)]
-        if series:
-            window = max(1, len(series) // 40)
-            smooth = [mean(series[max(0, i - window + 1) : i + 1]) for i in range(len(series))]
-            axes.plot(range(1, len(series) + 1), series, ".", color=colour, alpha=0.25, markersize=3)
-            axes.plot(range(1, len(series) + 1), smooth, color=colour, label=f"{arm} draft")
     edge = 0
     for kind in kinds:
+        for arm, colour in (("static", "tab:gray"), ("online", "tab:orange")):
+            series = [r["mean_acceptance_length"] for r in journal.of(kind, arm)]
+            window = max(1, len(series) // 3)  # a running mean, begun anew in every class
+            smooth = [mean(series[max(0, i - window + 1) : i + 1]) for i in range(len(series))]
+            requests = range(edge + 1, edge + len(series) + 1)
+            axes.plot(requests, series, ".", color=colour, alpha=0.3, markersize=3)
+            if series:
+                axes.plot(requests, smooth, color=colour, label=f"{arm} draft" if edge == 0 else None)
         axes.axvline(edge + 0.5, color="black", linewidth=0.5)
-        axes.text(edge + 1, axes.get_ylim()[1], f" {kind}", va="top")
+        axes.annotate(f" {kind}", (edge + 0.5, 1.0), xycoords=("data", "axes fraction"), va="top")
         edge += len(journal.of(kind, "online"))
     axes.set(xlabel="requests served", ylabel="acceptance length, tokens per round")
     axes.legend(loc="lower right")
@@ -338,8 +337,8 @@ def arguments(argv):
     group = parser.add_argument_group("learning")
     group.add_argument("--estimator", choices=ESTIMATORS, default="log")
     group.add_argument("--target-side", type=float, default=0.0, metavar="SHARE", help="of the loss that comes from the target's own tokens, 0 to 1")
-    group.add_argument("--lr", type=float, help="of Muon; None: 0.05 for a scratch draft, 0.005 for a trained one")
-    group.add_argument("--steps", type=int, help="of the optimizer after each request; None: 3 for a scratch draft, 1 for a trained one")
+    group.add_argument("--lr", type=float, default=argparse.SUPPRESS, help="of Muon (default: 0.05 for a scratch draft, 0.005 for a trained one)")
+    group.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of the optimizer after each request (default: 3 for a scratch draft, 1 for a trained one)")
     group.add_argument("--publish-every", type=int, default=1, metavar="M", help="requests per served version")
     group.add_argument("--no-learn", action="store_true")
     group = parser.add_argument_group("measuring and keeping")
@@ -354,7 +353,7 @@ def arguments(argv):
     group.add_argument("--threads", type=int, default=0, help="0: one for a target under 50M parameters, else as torch chooses")
     args = parser.parse_args(argv)
     lr, steps = (0.05, 3) if args.draft == "scratch" else (0.005, 1)  # a random draft has nothing to lose
-    args.lr, args.steps = lr if args.lr is None else args.lr, steps if args.steps is None else args.steps
+    args = argparse.Namespace(**{"lr": lr, "steps": steps} | vars(args))
     for name, low in (("requests", 1), ("max_new_tokens", 1), ("num_speculative_tokens", 1), ("steps", 1), ("publish_every", 1), ("threads", 0)):
         if getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
@@ -373,13 +372,20 @@ def arguments(argv):
 def check_outputs(args, parser):
     """Before anything is computed: can everything that was asked for be written at the end?"""
     files = [path for path in (args.report, args.log, args.plot) if path is not None]
+    if len({Path(path).absolute() for path in files}) < len(files):
+        parser.error("--report, --log and --plot must be different files")
     if args.prompt is not None and (files or args.save or args.compare):
         parser.error("--prompt only answers: it goes with none of --report, --log, --plot, --save, --compare")
     for path in files:
         if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
             parser.error(f"cannot write {path}: it is a directory, or the one it should stand in does not exist")
-    if args.save and (Path(args.save).exists() and not Path(args.save).is_dir()):
-        parser.error(f"cannot save in {args.save}: it is a file, expected a directory")
+    if args.save is not None:
+        if Path(args.save, "latest").exists() and Path(args.save).absolute() != Path(args.draft).absolute():
+            parser.error(f"--save {args.save} holds the versions of another run: go on from them with --draft {args.save}, or name a new directory")
+        try:
+            Path(args.save).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"cannot save in {args.save}: {error.strerror}")
     if args.plot:
         if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
             parser.error(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")
@@ -448,6 +454,10 @@ def load_models(args):
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {args.device} is not to be had here; try --device cpu") from None
+    try:
+        kernel(torch.device(args.device).type)  # compiled now if need be, and not within a request's seconds
+    except (ValueError, RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        raise UserError(f"the acceptance kernel: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     torch.manual_seed(args.seed)  # a scratch draft's weights
     target, _ = load_target(args.target)
     small = sum(p.numel() for p in target.parameters()) < 50e6  # a second thread gains it nothing
@@ -466,32 +476,30 @@ def load_models(args):
     return target, draft.to(args.device), static.to(args.device) if static else None, state
 
 
-def save_learner(directory, learner, args):
-    """v000123/draft.pt, then learner.pt, then `latest`: what `latest` names is always whole."""
+def save_learner(directory, served, learner):
+    """v000123/draft.pt, the learner's state beside it, then `latest`: what `latest` names is always whole."""
     name = f"v{learner.version:06d}"
-    save(Path(directory) / name / "draft.pt", learner.draft.config, learner.draft.state_dict(),
-         {"version": learner.version, "estimator": args.estimator, "lr": args.lr})
-    torch.save(learner.state(), f"{directory}/learner.pt.new")
-    Path(f"{directory}/learner.pt.new").replace(f"{directory}/learner.pt")
+    save(Path(directory) / name / "draft.pt", served.config, served.state_dict(), {"version": learner.version})
+    torch.save(learner.state(), f"{directory}/{name}.learner.pt")
     Path(f"{directory}/latest.new").write_text(name + "\n")
     Path(f"{directory}/latest.new").replace(f"{directory}/latest")
 
 
 def load_learner(directory, target):
-    """-> the latest draft that --save kept there, and the learner's state; or the draft of one version's directory."""
-    if (directory / "draft.pt").is_file():
-        return load_draft(directory / "draft.pt", target)[0], {}
-    if not (directory / "latest").is_file():
-        raise UserError(f"{directory} holds no `latest`: expected a directory that --save wrote")
-    name = (directory / "latest").read_text().strip()
+    """-> the latest draft that --save kept there, or that of one version's directory; the learner's state, {} if lost."""
+    if not (directory / "draft.pt").is_file():
+        if not (directory / "latest").is_file():
+            raise UserError(f"{directory} holds no `latest`: expected a directory that --save wrote")
+        directory = directory / (directory / "latest").read_text(errors="replace").strip()
+    draft, _ = load_draft(directory / "draft.pt", target)
+    beside = directory.with_name(f"{directory.name}.learner.pt")
+    if not beside.is_file():
+        return draft, {}
     try:
-        state = torch.load(directory / "learner.pt", map_location="cpu", weights_only=True)
-        whole = f"v{state['version']:06d}" == name
+        state = torch.load(beside, map_location="cpu", weights_only=True)
+        return draft, {name: state[name] for name in ("optimizers", "updates", "version")}
     except Exception as error:  # torch raises many kinds for a file that is not its own
-        raise UserError(f"{directory}/learner.pt cannot be read ({type(error).__name__})") from None
-    if not whole:
-        raise UserError(f"{directory}: learner.pt is of v{state['version']:06d}, `latest` says {name}; give the draft's own directory")
-    return load_draft(directory / name / "draft.pt", target)[0], state
+        raise UserError(f"{beside} cannot be read ({type(error).__name__})") from None
 
 
 def stream(target, draft, request, args):
@@ -516,31 +524,28 @@ def facts(target, draft, args, requests):
     count = lambda model: sum(p.numel() for p in model.parameters())
     weights = count(target) * target.lm_head.weight.element_size()
     c = target.config
-    try:
-        fused = kernel(torch.device(args.device).type)  # compiled now if need be, and not within a request's seconds
-    except (ValueError, RuntimeError) as error:
-        raise UserError(str(error).splitlines()[0])
     print(f"target   {args.target}: {count(target) / 1e6:.1f}M parameters, {c.num_hidden_layers} layers of {c.hidden_size}, "
           f"{args.dtype}, {weights / 1e6:.0f} MB of weights a forward, {args.device}, {torch.get_num_threads()} threads\n"
           f"draft    {args.draft}: {count(draft) / 1e6:.1f}M parameters in one layer, K = {args.num_speculative_tokens}, temperature {args.temperature}\n"
-          f"verify   {'kernels.cu' if fused else 'the torch reference'}\n"
+          f"verify   {'kernels.cu' if kernel(torch.device(args.device).type) else 'the torch reference'}\n"
           f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, {args.steps} steps a request, a version every {args.publish_every}'}\n"
           f"traffic  {', '.join(dict.fromkeys(r.kind for r in requests))}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
 
 
 def main(argv=None):
     args = arguments(argv)
-    pairs = [("prompt", args.prompt)] if args.prompt is not None else read_prompts(args.prompts) if args.prompts else None
+    pairs = [("prompt", args.prompt)] if args.prompt is not None else read_prompts(args.prompts) if args.prompts is not None else None
     target, draft, static, state = load_models(args)
     requests = make_requests(pairs or built_in_prompts(args), args, target.config)
     if args.prompt is not None:
         return stream(target, draft, requests[0], args)
     learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, seed=args.seed)
     learner.restore(state)
+    served = copy.deepcopy(draft)
     facts(target, draft, args, requests)
     journal, trouble = Journal(args, len(requests)), None
     try:
-        aurora(target, learner, static, requests, args, journal)
+        aurora(target, served, learner, static, requests, args, journal)
     except KeyboardInterrupt:
         print("\ninterrupted: this is what was served until now", file=sys.stderr)
     except UserError as error:
@@ -548,8 +553,9 @@ def main(argv=None):
     journal.close()
     journal.print()
     if args.save:
-        learner.publish()
-        save_learner(args.save, learner, args)
+        if not trouble:  # else what served last
+            served.load_state_dict(learner.publish())
+        save_learner(args.save, served, learner)
     if args.report:
         config = vars(args) | {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
         Path(args.report).write_text(json.dumps({"config": config, "classes": journal.report()}, indent=1) + "\n")

@@ -38,7 +38,7 @@ struct Temperature {
   double value;
   float hi, lo;  // log2(e) / T as a sum; hi is neither 0 nor infinite, so that 0 * hi = 0 and -inf * hi = -inf
   FN explicit Temperature(double T) : value(T) {
-    double slope = fmin(fmax(1.4426950408889634 / T, double(FLT_MIN)), double(FLT_MAX));  // T = 0: only the top weighs
+    double slope = T > 0 ? fmin(fmax(1.4426950408889634 / T, double(FLT_MIN)), double(FLT_MAX)) : FLT_MAX;  // 0: only the top
     hi = float(slope), lo = float(slope - hi);
   }
 };

@@ -298,9 +298,9 @@ def train_target(args, texts):
         transformer.attend = F.scaled_dot_product_attention
         return {c: round(bits_per_byte(model, as_bytes(texts[c]["eval"]), count=6), 3) for c in CLASSES}
 
-    history = train(model, args.minutes, args.checkpoint or "target.ckpt", batch_loss, evaluate)
+    history = train(model, args.minutes, args.checkpoint or f"{args.out}.ckpt", batch_loss, evaluate)
     weights = {n: t.to(torch.bfloat16) for n, t in model.state_dict().items()}
-    save(args.out or WEIGHTS / "target.pt", TARGET, weights, record(texts, bits_per_byte=history, minutes=args.minutes))
+    save(args.out, TARGET, weights, record(texts, bits_per_byte=history, minutes=args.minutes))
 
 
 # ---- the static drafts ---------------------------------------------------------------------------
@@ -350,7 +350,8 @@ def train_draft(args, texts, classes):
     target = load_target(args.target_path)[0].eval()
     streams = [as_bytes(texts[c]["train"]) for c in classes]
     held = {c: as_bytes(texts[c]["eval"]) for c in CLASSES}
-    draft, K = load_draft(args.init, target)[0] if args.init else Draft(target), args.chain
+    draft, before = load_draft(args.init, target) if args.init else (Draft(target), {"minutes": 0})
+    K = args.chain
 
     def batch_loss(step, progress):
         rng = np.random.default_rng(step)
@@ -362,9 +363,9 @@ def train_draft(args, texts, classes):
     def evaluate():
         return {c: held_out_overlap(target, draft, held[c], K) for c in CLASSES}
 
-    history = train(draft, args.minutes, args.checkpoint or "draft.ckpt", batch_loss, evaluate)
-    save(args.out or WEIGHTS / "draft.pt", draft.config, {n: t.to(torch.bfloat16) for n, t in draft.state_dict().items()},
-         record(texts, classes=list(classes), objective=args.objective, minutes=args.minutes, overlap=history))
+    history = train(draft, args.minutes, args.checkpoint or f"{args.out}.ckpt", batch_loss, evaluate)
+    save(args.out, draft.config, {n: t.to(torch.bfloat16) for n, t in draft.state_dict().items()},
+         record(texts, classes=list(classes), objective=args.objective, minutes=args.minutes + before["minutes"], overlap=history))
 
 
 def evaluate_shipped(texts):
@@ -384,24 +385,29 @@ def evaluate_shipped(texts):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", action="store_true")
-    parser.add_argument("--target", action="store_true")
-    parser.add_argument("--draft", metavar="CLASSES", help="python,cpp,docs or some of them")
-    parser.add_argument("--eval", action="store_true")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--corpus", action="store_true")
+    what.add_argument("--target", action="store_true")
+    what.add_argument("--draft", metavar="CLASSES", help="python,cpp,docs or some of them")
+    what.add_argument("--eval", action="store_true")
     parser.add_argument("--minutes", type=float, default=80)
     parser.add_argument("--objective", choices=("log", "expected", "kl"), default="log", help="of the draft")
     parser.add_argument("--chain", type=int, default=5, help="tokens a round that the draft is trained for")
     parser.add_argument("--init", metavar="FILE", help="go on from this draft instead of random weights")
     parser.add_argument("--target-path", default=WEIGHTS / "target.pt")
-    parser.add_argument("--checkpoint", help="where training resumes from")
+    parser.add_argument("--checkpoint", help="where training resumes from; by default the file to write with .ckpt at its end")
     parser.add_argument("--out", help="the file to write")
     args = parser.parse_args()
+    args.out = args.out or WEIGHTS / ("target.pt" if args.target else "draft.pt")
+    classes = args.draft.split(",") if args.draft else []
+    if set(classes) - set(CLASSES):
+        parser.error(f"--draft {args.draft}: expected some of {','.join(CLASSES)}")
     texts = corpus()
     print_corpus(texts)
     if args.target:
         train_target(args, texts)
     if args.draft:
-        train_draft(args, texts, args.draft.split(","))
+        train_draft(args, texts, classes)
     if args.eval:
         evaluate_shipped(texts)
 

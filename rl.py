@@ -78,7 +78,7 @@ def _exclusive_cumprod(a):
 
 def policy_gradient_loss(draft_logits, target_logits, draft_tokens, temperature=1.0, estimator="log",
                          behaviour_logprobs=None):
-    """Loss whose negated gradient estimates the gradient of the expected accepted tokens per round.
+    """Loss whose negated gradient estimates the gradient of the expected accepted tokens per round, or of `log`'s utility.
 
     draft_logits (R, K, V) with gradient; target_logits (R, K, V), rows 0..K-1 of the rounds; draft_tokens (R, K)
     int64 drawn from the draft, -1 pads; behaviour_logprobs (R, K): their log-probabilities when they were drawn,
@@ -169,7 +169,7 @@ def replay_answer(draft, trace, K):
 
 
 def optimizers(model, lr, weight_decay=0.0):
-    """Muon (Jordan et al. 2024) on the matrices inside the layers, AdamW at a seventh of its rate on head and norms.
+    """Muon (Jordan et al. 2024) on the matrices, AdamW at a seventh of its rate on embedding, head and norms.
 
     A Muon step turns a matrix by the same amount in every direction that has a gradient, so a step from a single
     answer moves a trained draft without wrecking it, and a random one learns what is rare as fast as what is common."""
@@ -183,8 +183,8 @@ def optimizers(model, lr, weight_decay=0.0):
 class Learner:
     """Learns in place on the draft it is given; what serves is a copy that the driver takes of a published version.
 
-    target_side in 0..1 is the share of the loss that comes from the target's own tokens; the rest is the policy
-    gradient on the draft's.  An update is `steps` optimizer steps, each on two traces: first the new one and one
+    target_side in 0..1 is the share of the loss that comes from the target's own tokens; the rest comes from the
+    draft's.  An update is `steps` optimizer steps, each on two traces: first the new one and one
     of the last `buffer_size`, then two of these."""
 
     def __init__(self, draft, estimator, lr, target_side, steps=1, buffer_size=32, seed=0):
@@ -209,23 +209,26 @@ class Learner:
     def update(self, trace):
         """Learns from one more trace -> {"loss": its own, "learn_seconds"}.
 
-        Raises UserError, and takes no step, when the gradient is not finite."""
+        Raises UserError when a gradient, or what became of the weights, is not finite."""
         begun, losses = time.perf_counter(), []
-        self.buffer.append(trace)
+        self.updates += 1
         for step in range(self.steps):
             order = torch.randperm(len(self.buffer), generator=self.generator).tolist()
-            batch = [self.buffer[i] for i in order[:2]] if step else [trace, self.buffer[order[0]]]
+            batch = [self.buffer[i] for i in order[:2]] if step else [trace] + [self.buffer[i] for i in order[:1]]
+            if step == 0:
+                self.buffer.append(trace)
             for example in batch:
                 loss = self.loss(example)
                 (loss / len(batch)).backward()
                 losses.append(loss.item())
             norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
             if not norm.isfinite():
-                raise UserError(f"learning diverged at update {self.updates + 1}: the gradient is not finite; lower --lr")
+                raise UserError(f"learning diverged at update {self.updates}: the gradient is not finite; lower --lr")
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-        self.updates += 1
+        if not all(p.isfinite().all() for p in self.draft.parameters()):
+            raise UserError(f"learning diverged at update {self.updates}: the weights are not finite; lower --lr")
         return {"loss": losses[0], "learn_seconds": time.perf_counter() - begun}
 
     def publish(self):
@@ -240,7 +243,7 @@ class Learner:
 
     def restore(self, state):
         if state:
-            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 (group,) = optimizer.param_groups
                 lr = group["lr"]  # this run's rate, not the saved one
                 optimizer.load_state_dict(saved)

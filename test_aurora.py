@@ -542,6 +542,8 @@ def test_the_learner_learns_from_the_right_rows(estimator, K=3):
     draft = tiny_draft(target)
     trace, _ = generate(target, draft, request(new=25), K)
     assert (trace.num_accepted < K).any()
+    with torch.no_grad():  # a step later: the draft that learns is no longer the one that served
+        draft.lm_head.weight.add_(0.1 * torch.randn(draft.lm_head.weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
 
     def rows(prefix, chain):
         """draft and target logits (K, V) for a round after `prefix` that drafts `chain`."""
@@ -578,6 +580,29 @@ def test_divergence_is_reported_and_the_draft_kept():
     with pytest.raises(UserError, match="diverged"):
         learner.update(trace)
     assert all(torch.equal(a, b) for a, b in zip(before, learner.draft.parameters()))
+
+
+def test_weights_that_left_the_numbers_are_never_published(files, tmp_path, capsys):
+    with pytest.raises(UserError, match="diverged"):
+        run(files, "--lr", "1e38", "--save", f"{tmp_path}/kept")
+    run(files, "--draft", f"{tmp_path}/kept", "--no-learn")  # what served last was kept, and serves
+
+
+def test_log_is_the_gradient_of_its_utility():
+    """Sum_i S_{<i} grad(alpha_i) / alpha_i, S held fixed, for tokens that another draft drew."""
+    g = torch.Generator().manual_seed(3)
+    draw = lambda: torch.randn(6, 3, 5, generator=g, dtype=torch.float64)
+    draft, target, old = draw().requires_grad_(), draw(), draw().log_softmax(-1)
+    tokens = torch.distributions.Categorical(logits=old).sample()
+    behaviour = old.gather(-1, tokens[..., None]).squeeze(-1)
+    loss = rl.policy_gradient_loss(draft, target, tokens, 1.0, "log", behaviour)
+    least = torch.minimum(draft.softmax(-1), target.softmax(-1))
+    a = least.gather(-1, tokens[..., None]).squeeze(-1).detach() / behaviour.exp()
+    before = torch.stack([torch.ones(6, dtype=torch.float64), a[:, 0], a[:, 0] * a[:, 1]], 1)
+    alpha = least.sum(-1)
+    expected = -(before / alpha.detach() * alpha).sum(1).mean()
+    ours, theirs = (torch.autograd.grad(x, draft)[0] for x in (loss, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
 
 
 def test_unknown_estimator_is_refused():
@@ -672,7 +697,7 @@ def test_other_settings_run(files, capsys, extra):
 
 
 def test_plain_decoding_is_measured_in_every_class_and_the_order_rotates():
-    requests = [Request([256, 1], 1, i, 1.0, kind) for kind in "abc" for i in range(10)]
+    requests = [Request([256, 1], 1, i, 1.0, kind) for i in range(10) for kind in "abc"]
     plan = aurora.plan(requests, compare=False)
     assert [r for r, _ in plan] == requests
     for kind in "abc":
@@ -683,10 +708,10 @@ def test_plain_decoding_is_measured_in_every_class_and_the_order_rotates():
 
 def test_same_seed_same_tokens_and_no_learn_keeps_the_draft(files, tmp_path):
     for name in ("x", "y"):
-        run(files, "--draft", "static", "--no-learn", "--log", f"{tmp_path}/{name}", "--save", f"{tmp_path}/saved")
+        run(files, "--draft", "static", "--no-learn", "--log", f"{tmp_path}/{name}", "--save", f"{tmp_path}/saved-{name}")
     x, y = ([json.loads(line) for line in (tmp_path / n).read_text().splitlines()] for n in "xy")
     assert [r["acceptance_histogram"] for r in x] == [r["acceptance_histogram"] for r in y]
-    before, after = (torch.load(p, weights_only=True)["weights"] for p in (files / "draft.pt", tmp_path / "saved/v000000/draft.pt"))
+    before, after = (torch.load(p, weights_only=True)["weights"] for p in (files / "draft.pt", tmp_path / "saved-y/v000000/draft.pt"))
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
@@ -694,11 +719,11 @@ def test_save_and_resume_continue_the_versions(files, tmp_path):
     run(files, "--save", f"{tmp_path}/kept", "--publish-every", "2")
     assert (tmp_path / "kept/latest").read_text() == "v000003\n"
     run(files, "--draft", f"{tmp_path}/kept", "--save", f"{tmp_path}/kept", "--publish-every", "2")
-    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["latest", "learner.pt", "v000003", "v000006"]
-    state = torch.load(tmp_path / "kept/learner.pt", weights_only=True)
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["latest", "v000003", "v000003.learner.pt", "v000006", "v000006.learner.pt"]
+    state = torch.load(tmp_path / "kept/v000006.learner.pt", weights_only=True)
     assert state["updates"] == 12 and {int(s["step"]) for s in state["optimizers"][1]["state"].values()} == {6 * 3 + 6 * 1}  # from scratch, then trained
     run(files, "--draft", f"{tmp_path}/kept/v000003", "--no-learn", "--save", f"{tmp_path}/other")  # one version, by name
-    first, second = (torch.load(p, weights_only=True)["weights"] for p in (tmp_path / "kept/v000003/draft.pt", tmp_path / "other/v000000/draft.pt"))
+    first, second = (torch.load(p, weights_only=True)["weights"] for p in (tmp_path / "kept/v000003/draft.pt", tmp_path / "other/v000003/draft.pt"))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert b"prompt 1" not in b"".join(p.read_bytes() for p in (tmp_path / "kept").rglob("*") if p.is_file())
 
@@ -744,7 +769,9 @@ BAD = {
     "or at least 0.01": ["--temperature", "-1"],
     "holds no": ["--draft", "FOLDER"],
     "is a directory": ["--log", "FOLDER"],
-    "it is a file": ["--save", "BROKEN"],
+    "cannot save in": ["--save", "BROKEN"],
+    "versions of another run": ["--save", "HALF"],
+    "different files": ["--log", "same", "--report", "same"],
     "is not to be had": ["--device", "nonsense"],
     "--seed must": ["--seed", "99999999999999999999999"],
     "not byte-level": ["--target", "OTHER", "--prompt", "x"],
@@ -759,7 +786,9 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_one_clear_line(files, tmp_path, message):
     (tmp_path / "broken.jsonl").write_text('{"prompt": 1\n')
-    (tmp_path / "half").mkdir()
+    (tmp_path / "half/v000001").mkdir(parents=True)
+    (tmp_path / "half/v000001/draft.pt").write_bytes((files / "draft.pt").read_bytes())
+    (tmp_path / "half/v000001.learner.pt").write_text("not a learner")
     (tmp_path / "half/latest").write_text("v000001")
     other = tiny_target()
     save(tmp_path / "other.pt", other.config, other.state_dict(), {})
@@ -768,6 +797,16 @@ def test_bad_input_is_one_clear_line(files, tmp_path, message):
     with pytest.raises(UserError, match=message) as error:
         aurora.main(arguments)
     assert "\n" not in str(error.value)
+
+
+def test_a_wrong_kernel_choice_is_one_clear_line(files, monkeypatch):
+    monkeypatch.setenv("AURORA_KERNEL", "magic")
+    verify.kernel.cache_clear()
+    try:
+        with pytest.raises(UserError, match="AURORA_KERNEL must be"):
+            aurora.main(["--target", f"{files}/target.pt", "--prompt", "x"])
+    finally:
+        verify.kernel.cache_clear()
 
 
 def test_bad_input_exits_with_2_and_no_traceback(files):
@@ -1180,6 +1219,13 @@ def test_kernel_decides_alike_whatever_the_team(lockstep, monkeypatch, V, team):
         target, draft, tokens, coins, temperature = some_round(V, seed=seed)
         assert_decided(lockstep, [target, draft, tokens, coins, temperature])
     assert_decided(lockstep, [target, None, tokens, coins, temperature])
+
+
+def test_kernel_takes_minus_zero_for_greedy():
+    need_kernel()
+    case = some_round(257)[:4]
+    for x, y in zip(accept(*case, -0.0), accept(*case, 0.0)):
+        assert torch.equal(x, y)
 
 
 def test_without_a_compiler_the_reference_takes_over_with_one_warning(tmp_path, monkeypatch):

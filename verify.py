@@ -94,7 +94,7 @@ def accept(target_logits, draft_logits, draft_tokens, coins, temperature=1.0, dr
     num_accepted, next_token, status = fused(target_logits, draft_logits, draft_lse, draft_tokens, coins, temperature)
     worst = max(status.tolist(), default=0)  # (B,), 0 if all is well; the one transfer to the host
     if worst:
-        raise ValueError(f"{REASONS[worst]}; batch rows {[b for b, s in enumerate(status.tolist()) if s]}")
+        raise ValueError(f"{REASONS[worst]}; batch rows {[b for b, s in enumerate(status.tolist()) if s == worst]}")
     return num_accepted, next_token
 
 
