@@ -582,9 +582,10 @@ def test_divergence_is_reported_and_the_draft_kept():
     assert all(torch.equal(a, b) for a, b in zip(before, learner.draft.parameters()))
 
 
-def test_weights_that_left_the_numbers_are_never_published(files, tmp_path, capsys):
-    with pytest.raises(UserError, match="diverged"):
-        run(files, "--lr", "1e38", "--save", f"{tmp_path}/kept")
+@pytest.mark.parametrize("steps, found_in", [("1", "weights"), ("2", "gradient")])
+def test_weights_that_left_the_numbers_are_never_published(files, tmp_path, steps, found_in):
+    with pytest.raises(UserError, match=f"diverged.*{found_in}"):
+        run(files, "--lr", "1e38", "--steps", steps, "--save", f"{tmp_path}/kept")
     run(files, "--draft", f"{tmp_path}/kept", "--no-learn")  # what served last was kept, and serves
 
 
