@@ -209,7 +209,7 @@ class Learner:
     def update(self, trace):
         """Learns from one more trace -> {"loss": its own, "learn_seconds"}.
 
-        Raises UserError when a gradient, or what became of the weights, is not finite."""
+        Raises UserError when a gradient is not finite or the weights have exploded."""
         begun, losses = time.perf_counter(), []
         self.updates += 1
         for step in range(self.steps):
@@ -227,8 +227,8 @@ class Learner:
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-        if not all(p.isfinite().all() for p in self.draft.parameters()):
-            raise UserError(f"learning diverged at update {self.updates}: the weights are not finite; lower --lr")
+        if not all(p.abs().max() < 1e6 for p in self.draft.parameters()):  # far from any weight of use; NaN is not less
+            raise UserError(f"learning diverged at update {self.updates}: the weights are past a million; lower --lr")
         return {"loss": losses[0], "learn_seconds": time.perf_counter() - begun}
 
     def publish(self):
