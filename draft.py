@@ -147,4 +147,7 @@ def load_draft(path, target):
     if config.vocab_size != draft.config.vocab_size:
         raise UserError(f"{path}: the draft's vocabulary is {config.vocab_size}, the target's {draft.config.vocab_size}: "
                         "a draft serves the target it was made for")
+    differing = [name for name, value in vars(config).items() if value != getattr(draft.config, name)]
+    if differing:
+        raise UserError(f"{path}: the draft was made for another target: they differ in {', '.join(differing)}")
     return fill(draft, weights, path), record

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ import rl
 import verify
 from aurora import Generation, Request, generate
 from draft import Draft
-from model import Config, Transformer, UserError, save
+from model import Config, Transformer, UserError, load, save
 from verify import accept, accept_reference, inverse_cdf, probabilities
 
 HERE = Path(__file__).parent
@@ -819,6 +820,13 @@ def test_vocabulary_mismatch_is_refused(files, tmp_path):
     other = tiny_target()
     save(tmp_path / "other.pt", Draft(other).config, Draft(other).state_dict(), {})
     with pytest.raises(UserError, match="vocabulary is 17, the target's 257"):
+        run(files, "--draft", f"{tmp_path}/other.pt")
+
+
+def test_a_draft_of_another_target_is_refused(files, tmp_path):
+    config, weights, record = load(files / "draft.pt")
+    save(tmp_path / "other.pt", replace(config, rope_theta=5e5), weights, record)
+    with pytest.raises(UserError, match="another target: they differ in rope_theta"):
         run(files, "--draft", f"{tmp_path}/other.pt")
 
 
