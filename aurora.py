@@ -24,6 +24,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from draft import Draft, load_draft
 from model import UserError, load_target, save
 from pretrain import CLASSES, traffic
 from rl import ESTIMATORS, Learner, Trace
-from verify import accept, kernel
+from verify import NoDistribution, accept, kernel
 
 HERE = Path(__file__).parent
 ARMS = ("plain", "static", "online")
@@ -169,15 +170,15 @@ def aurora(target, served, learner, static, requests, args, journal):
 def plan(requests, compare):
     """Which arms serve each request: all three, or the online one and, up to four times a class, plain decoding.
     Their order rotates, so that whatever drifts on the machine meets them all."""
-    kinds, seen, turns, out = [r.kind for r in requests], {}, 0, []
+    total, seen, turns, out = Counter(r.kind for r in requests), Counter(), 0, []
     for request in requests:
-        index = seen[request.kind] = seen.get(request.kind, -1) + 1
         arms = ("plain", "static", "online") if compare else ("plain", "online")
-        if compare or index % -(-kinds.count(request.kind) // 4) == 0:
+        if compare or seen[request.kind] % -(-total[request.kind] // 4) == 0:
             turn, turns = turns % len(arms), turns + 1
             arms = arms[turn:] + arms[:turn]
         else:
             arms = ("online",)
+        seen[request.kind] += 1
         out.append((request, arms))
     return out
 
@@ -377,10 +378,12 @@ def check_outputs(args, parser):
     if args.prompt is not None and (files or args.save or args.compare):
         parser.error("--prompt only answers: it goes with none of --report, --log, --plot, --save, --compare")
     for path in files:
-        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-            parser.error(f"cannot write {path}: it is a directory, or the one it should stand in does not exist")
+        if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
+            parser.error(f"cannot write {path}: it is a directory, or the one it should stand in does not exist or is locked")
     if args.save is not None:
-        if Path(args.save, "latest").exists() and Path(args.save).absolute() != Path(args.draft).absolute():
+        if not args.save:
+            parser.error("--save needs a directory")
+        if Path(args.save, "latest").exists() and Path(args.save).resolve() != Path(args.draft).resolve():
             parser.error(f"--save {args.save} holds the versions of another run: go on from them with --draft {args.save}, or name a new directory")
         try:
             Path(args.save).mkdir(parents=True, exist_ok=True)
@@ -431,10 +434,12 @@ def built_in_prompts(args):
         if kind not in CLASSES:
             raise UserError(f"unknown class of traffic {kind!r}: expected some of {','.join(CLASSES)}")
         texts = [t for t in traffic(kind) if len(t) > 2 * PROMPT_LENGTH]
+        if not texts:
+            raise UserError(f"this machine has no text of class {kind}: choose others with --traffic, or give --prompts")
         chance = random.Random(f"{kind} {args.seed}")
         for text in chance.choices(texts, weights=[len(t) for t in texts], k=args.requests):
             start = text.find("\n", chance.randrange(len(text) - 2 * PROMPT_LENGTH)) + 1
-            pairs.append((kind, text[start : start + PROMPT_LENGTH]))
+            pairs.append((kind, text[start : start + PROMPT_LENGTH] or text[:PROMPT_LENGTH]))
     return pairs
 
 
@@ -451,8 +456,8 @@ def make_requests(pairs, args, config):
 
 def load_models(args):
     try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.zeros(1, dtype=torch.float64, device=args.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
         raise UserError(f"--device {args.device} is not to be had here; try --device cpu") from None
     try:
         kernel(torch.device(args.device).type)  # compiled now if need be, and not within a request's seconds
@@ -480,7 +485,8 @@ def save_learner(directory, served, learner):
     """v000123/draft.pt, the learner's state beside it, then `latest`: what `latest` names is always whole."""
     name = f"v{learner.version:06d}"
     save(Path(directory) / name / "draft.pt", served.config, served.state_dict(), {"version": learner.version})
-    torch.save(learner.state(), f"{directory}/{name}.learner.pt")
+    torch.save(learner.state(), f"{directory}/learner.new")
+    Path(f"{directory}/learner.new").replace(f"{directory}/{name}.learner.pt")
     Path(f"{directory}/latest.new").write_text(name + "\n")
     Path(f"{directory}/latest.new").replace(f"{directory}/latest")
 
@@ -548,7 +554,7 @@ def main(argv=None):
         aurora(target, served, learner, static, requests, args, journal)
     except KeyboardInterrupt:
         print("\ninterrupted: this is what was served until now", file=sys.stderr)
-    except UserError as error:
+    except Exception as error:  # raised again below, when what was served is safe
         trouble = error
     journal.close()
     journal.print()
@@ -570,6 +576,9 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         print(f"aurora: {error}", file=sys.stderr)
+        sys.exit(2)
+    except NoDistribution as error:
+        print(f"aurora: {error}; try --dtype float32, a lower --lr, another --draft", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

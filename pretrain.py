@@ -298,7 +298,7 @@ def train_target(args, texts):
         transformer.attend = F.scaled_dot_product_attention
         return {c: round(bits_per_byte(model, as_bytes(texts[c]["eval"]), count=6), 3) for c in CLASSES}
 
-    history = train(model, args.minutes, args.checkpoint or f"{args.out}.ckpt", batch_loss, evaluate)
+    history = train(model, args.minutes, args.checkpoint, batch_loss, evaluate)
     weights = {n: t.to(torch.bfloat16) for n, t in model.state_dict().items()}
     save(args.out, TARGET, weights, record(texts, bits_per_byte=history, minutes=args.minutes))
 
@@ -350,7 +350,7 @@ def train_draft(args, texts, classes):
     target = load_target(args.target_path)[0].eval()
     streams = [as_bytes(texts[c]["train"]) for c in classes]
     held = {c: as_bytes(texts[c]["eval"]) for c in CLASSES}
-    draft, before = load_draft(args.init, target) if args.init else (Draft(target), {"minutes": 0})
+    draft, before = load_draft(args.init, target) if args.init else (Draft(target), {})
     K = args.chain
 
     def batch_loss(step, progress):
@@ -363,9 +363,9 @@ def train_draft(args, texts, classes):
     def evaluate():
         return {c: held_out_overlap(target, draft, held[c], K) for c in CLASSES}
 
-    history = train(draft, args.minutes, args.checkpoint or f"{args.out}.ckpt", batch_loss, evaluate)
+    history = train(draft, args.minutes, args.checkpoint, batch_loss, evaluate)
     save(args.out, draft.config, {n: t.to(torch.bfloat16) for n, t in draft.state_dict().items()},
-         record(texts, classes=list(classes), objective=args.objective, minutes=args.minutes + before["minutes"], overlap=history))
+         record(texts, classes=list(classes), objective=args.objective, minutes=args.minutes + before.get("minutes", 0), overlap=history))
 
 
 def evaluate_shipped(texts):
@@ -399,6 +399,7 @@ def main():
     parser.add_argument("--out", help="the file to write")
     args = parser.parse_args()
     args.out = args.out or WEIGHTS / ("target.pt" if args.target else "draft.pt")
+    args.checkpoint = args.checkpoint or f"{args.out}.ckpt"
     classes = args.draft.split(",") if args.draft else []
     if set(classes) - set(CLASSES):
         parser.error(f"--draft {args.draft}: expected some of {','.join(CLASSES)}")
@@ -408,6 +409,8 @@ def main():
         train_target(args, texts)
     if args.draft:
         train_draft(args, texts, classes)
+    if args.target or args.draft:
+        Path(args.checkpoint).unlink()  # it is done: the next run is another training, and would find this one at its end
     if args.eval:
         evaluate_shipped(texts)
 

@@ -174,9 +174,9 @@ def optimizers(model, lr, weight_decay=0.0):
     A Muon step turns a matrix by the same amount in every direction that has a gradient, so a step from a single
     answer moves a trained draft without wrecking it, and a random one learns what is rare as fast as what is common."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    inside = {n: p for n, p in trained if p.ndim == 2 and "embed" not in n and "head" not in n}
-    rest = [p for n, p in trained if n not in inside]
-    return [torch.optim.Muon(list(inside.values()), lr=lr, momentum=0.95, weight_decay=weight_decay),
+    matrices = {n: p for n, p in trained if p.ndim == 2 and "embed" not in n and "head" not in n}
+    rest = [p for n, p in trained if n not in matrices]
+    return [torch.optim.Muon(list(matrices.values()), lr=lr, momentum=0.95, weight_decay=weight_decay),
             torch.optim.AdamW(rest, lr=0.15 * lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
@@ -184,8 +184,8 @@ class Learner:
     """Learns in place on the draft it is given; what serves is a copy that the driver takes of a published version.
 
     target_side in 0..1 is the share of the loss that comes from the target's own tokens; the rest comes from the
-    draft's.  An update is `steps` optimizer steps, each on two traces: first the new one and one
-    of the last `buffer_size`, then two of these."""
+    draft's.  An update is `steps` optimizer steps, each on two traces: first the new one and one of the last
+    `buffer_size`, then two of these."""
 
     def __init__(self, draft, estimator, lr, target_side, steps=1, buffer_size=32, seed=0):
         self.draft, self.estimator, self.target_side, self.steps = draft, estimator, target_side, steps

@@ -773,6 +773,8 @@ BAD = {
     "is a directory": ["--log", "FOLDER"],
     "cannot save in": ["--save", "BROKEN"],
     "versions of another run": ["--save", "HALF"],
+    "needs a directory": ["--save", ""],
+    "meta is not to be had": ["--device", "meta"],
     "different files": ["--log", "same", "--report", "same"],
     "is not to be had": ["--device", "nonsense"],
     "--seed must": ["--seed", "99999999999999999999999"],
@@ -814,6 +816,16 @@ def test_a_wrong_kernel_choice_is_one_clear_line(files, monkeypatch):
 def test_bad_input_exits_with_2_and_no_traceback(files):
     done = subprocess.run([sys.executable, HERE / "aurora.py", "--target", "nowhere.pt"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "nowhere.pt" in done.stderr
+
+
+def test_a_target_that_gives_nan_is_one_line_and_what_was_served_is_kept(files, tmp_path, monkeypatch):
+    config, weights, record = load(files / "target.pt")
+    save(tmp_path / "t.pt", config, weights | {"lm_head.weight": 1e38 * weights["lm_head.weight"].sign()}, record)
+    command = [sys.executable, HERE / "aurora.py", "--target", tmp_path / "t.pt", "--prompts", files / "prompts.jsonl",
+               "--report", tmp_path / "r.json", "--save", tmp_path / "kept"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "without a distribution" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "r.json").exists() and (tmp_path / "kept/latest").exists()
 
 
 def test_vocabulary_mismatch_is_refused(files, tmp_path):

@@ -56,6 +56,10 @@ def inverse_cdf(mass, coin):
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=mass.shape[-1] - 1)
 
 
+class NoDistribution(ValueError):
+    """Logits that acceptance reads are NaN, +inf or nothing but -inf."""
+
+
 REASONS = [None, "coins must lie in [0, 1)", "draft_tokens must be -1 (pad) or ids in 0..V-1",  # kernels.cu: Status
            "temperature must be 0 (greedy) or positive",
            "logits without a distribution (NaN, +inf or all -inf) in a row that acceptance reads"]
@@ -94,7 +98,8 @@ def accept(target_logits, draft_logits, draft_tokens, coins, temperature=1.0, dr
     num_accepted, next_token, status = fused(target_logits, draft_logits, draft_lse, draft_tokens, coins, temperature)
     worst = max(status.tolist(), default=0)  # (B,), 0 if all is well; the one transfer to the host
     if worst:
-        raise ValueError(f"{REASONS[worst]}; batch rows {[b for b, s in enumerate(status.tolist()) if s == worst]}")
+        kind = NoDistribution if worst == 4 else ValueError
+        raise kind(f"{REASONS[worst]}; batch rows {[b for b, s in enumerate(status.tolist()) if s == worst]}")
     return num_accepted, next_token
 
 
@@ -134,7 +139,7 @@ def accept_reference(target_logits, draft_logits, draft_tokens, coins, temperatu
     read = position <= num_accepted[:, None]  # (B, K+1) the rows that the decision rests on
     broken = (read & target_p[..., 0].isnan()).any() | (read[:, :K] & drafted & draft_q[..., 0].isnan()).any()
     if broken:
-        raise ValueError(REASONS[4])
+        raise NoDistribution(REASONS[4])
     return num_accepted, next_token
 
 
