@@ -26,12 +26,14 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from draft import Draft, load_draft
+from draft import Draft, DraftLength, FixedLength, load_draft
 from model import UserError, load_target, save
 from pretrain import CLASSES, traffic
 from rl import ESTIMATORS, Learner, Trace
@@ -40,6 +42,7 @@ from verify import NoDistribution, accept, kernel
 HERE = Path(__file__).parent
 ARMS = ("plain", "static", "online")
 PROMPT_LENGTH = 128  # characters, of the built-in traffic
+LONGEST = 8  # drafted tokens a round, where the number is found as it goes
 
 
 # ---- one batch of requests, from prompt to trace ---------------------------------------------------
@@ -55,11 +58,11 @@ class Request:
 
 
 class Generation:
-    """Speculative decoding of B requests.  K = 0 (no draft) is plain decoding: the same loop, a bonus token a round.
+    """Speculative decoding of B requests.  Without a draft it is plain decoding: the same loop, a bonus token a round.
 
-    Row b has committed ids[b, : length[b]].  The target has read all of them but the last; `fresh` is what it
-    has read since the draft looked last: features (B, F, 3D), the token after each, positions, and the index of
-    each row's last true entry."""
+    K: drafted tokens a round; `round` may be told a lower number.
+    Row b has committed `committed[b]`.  The target has read all of it but the last token; `unread[b]` are the
+    features of what it has read since the draft looked last."""
 
     @torch.no_grad()
     def __init__(self, target, draft, requests, K):
@@ -67,82 +70,104 @@ class Generation:
         self.device = device = target.lm_head.weight.device
         self.generators = [torch.Generator().manual_seed(r.seed) for r in requests]
         self.temperature = torch.tensor([r.temperature for r in requests], dtype=torch.float64, device=device)
-        self.length = torch.tensor([len(r.prompt) for r in requests], device=device)
-        self.end = self.length + torch.tensor([r.max_new_tokens for r in requests], device=device)
         self.committed = [list(r.prompt) for r in requests]
         self.rounds = [[] for _ in requests]
-        slots = int(self.end.max()) + 2 * K + 1
+        slots = max(len(r.prompt) + r.max_new_tokens for r in requests) + 2 * K + 1
         self.target_cache = target.new_cache(len(requests), slots)
         self.draft_cache = draft.new_cache(len(requests), slots) if draft else None
 
-        longest = int(self.length.max())
-        ids = torch.tensor([r.prompt + [0] * (longest - len(r.prompt)) for r in requests], device=device)
-        positions = torch.arange(longest - 1, device=device).expand(len(requests), -1)
-        _, features = target(ids[:, :-1], positions, self.target_cache)
-        self.fresh = features, ids[:, 1:], positions, self.length - 2
+        ids = pad_sequence([torch.tensor(r.prompt[:-1]) for r in requests], batch_first=True).to(device)
+        positions = torch.arange(ids.shape[1], device=device).expand(len(requests), -1)
+        _, features = target(ids, positions, self.target_cache)
         self.prompt_features = [features[b, : len(r.prompt) - 1] for b, r in enumerate(requests)]
-        self.last_token = ids.gather(1, self.length[:, None] - 1)  # (B, 1)
+        self.unread = [[f] for f in self.prompt_features]
+
+    def active(self, b):
+        return len(self.committed[b]) < len(self.requests[b].prompt) + self.requests[b].max_new_tokens
 
     @property
     def done(self):
-        return bool((self.length >= self.end).all())
+        return not any(self.active(b) for b in range(len(self.requests)))
 
     @torch.no_grad()
-    def round(self):
+    def round(self, K=None):
         """Draft, verify, commit.  Returns per row (accepted tokens, the target's own token); None if complete."""
-        K, start, active = self.K, self.length - 2, self.length < self.end
+        K = self.K if K is None else K
+        length = torch.tensor([len(ids) for ids in self.committed], device=self.device)
         uniforms = torch.stack([torch.rand(2 * K + 1, generator=g, dtype=torch.float64) for g in self.generators])
         uniforms = uniforms.to(self.device)
 
         # Draft.
         draft_tokens, draft_logits = torch.empty(len(self.requests), 0, dtype=torch.int64, device=self.device), None
         if K:
-            draft_tokens, draft_logits = self.draft.propose(*self.fresh, uniforms[:, :K], self.temperature, self.draft_cache)
+            draft_tokens, draft_logits = self.draft.propose(*self.fresh(), uniforms[:, :K], self.temperature, self.draft_cache)
 
         # Verify: the last committed token and the drafted ones, at positions length-1 .. length-1+K.
-        block = torch.cat([self.last_token, draft_tokens], dim=1)  # (B, K+1)
-        positions = (self.length - 1)[:, None] + torch.arange(K + 1, device=self.device)
-        hidden, features = self.target(block, positions, self.target_cache)
+        last_token = torch.tensor([ids[-1:] for ids in self.committed], device=self.device)
+        positions = (length - 1)[:, None] + torch.arange(K + 1, device=self.device)
+        hidden, features = self.target(torch.cat([last_token, draft_tokens], dim=1), positions, self.target_cache)
         target_logits = self.target.logits(hidden)  # (B, K+1, V)
         num_accepted, next_token = accept(target_logits, draft_logits, draft_tokens, uniforms[:, K:], self.temperature)
 
         # Commit: nothing is undone, the next round goes on from `length` and writes over what was rejected.
-        num_accepted = num_accepted * active  # a finished row stands still
-        self.last_token = next_token[:, None]
-        following = torch.cat([draft_tokens, self.last_token], 1).scatter(1, num_accepted[:, None], self.last_token)
-        self.fresh = features, following, positions, num_accepted
-        self.length = self.length + (num_accepted + 1) * active
         output = []
-        for b, (n, kept, is_active) in enumerate(zip(num_accepted.tolist(), following.tolist(), active.tolist())):
-            output.append((kept[:n], kept[n]) if is_active else None)
-            if is_active:
-                self.committed[b] += kept[: n + 1]
-                logits = draft_logits[b] if K else None
-                self.rounds[b].append((start[b], draft_tokens[b], logits, target_logits[b], features[b, : n + 1], n))
+        drafted, decided = draft_tokens.tolist(), torch.stack([num_accepted, next_token], 1).tolist()
+        for b, (n, own) in enumerate(decided):
+            if not self.active(b):  # a finished row stands still
+                output.append(None)
+                continue
+            if K:
+                self.unread[b].clear()
+            self.unread[b].append(features[b, : n + 1])
+            self.rounds[b].append((length[b] - 2, draft_tokens[b], draft_logits[b] if K else None, target_logits[b], features[b, : n + 1], n))
+            self.committed[b] += drafted[b][:n] + [own]
+            output.append((drafted[b][:n], own))
         return output
 
+    def fresh(self):
+        """What the draft has yet to read, rows padded at their ends: features (B, F, 3D), the token that follows each
+        (B, F), their positions, and the index of each row's last one (B,)."""
+        features = [torch.cat(u) if len(u) > 1 else u[0] for u in self.unread]
+        ids = [torch.tensor(ids[-len(f) :]) for ids, f in zip(self.committed, features)]
+        last = torch.tensor([len(f) - 1 for f in features])
+        first = torch.tensor([len(ids) for ids in self.committed]) - 2 - last
+        positions = first[:, None] + torch.arange(int(last.max()) + 1)
+        return (pad_sequence(features, batch_first=True), *(x.to(self.device) for x in (pad_sequence(ids, batch_first=True), positions, last)))
+
     def trace(self, b, version=0):
-        request, rounds = self.requests[b], self.rounds[b]
-        starts, draft_tokens, draft_logits, target_logits, features, accepted = zip(*rounds)
-        draft_tokens = torch.stack(draft_tokens)  # (R, K)
-        behaviour = torch.zeros(draft_tokens.shape, device=self.device)  # greedy proposals are certain
-        if self.K and request.temperature > 0:
-            log_q = (torch.stack(draft_logits).float() / request.temperature).log_softmax(-1)
-            behaviour = log_q.gather(-1, draft_tokens[..., None]).squeeze(-1)
+        """Rounds that drafted less than the longest one are padded: tokens with -1, the rest with 0."""
+        request = self.requests[b]
+        starts, draft_tokens, draft_logits, target_logits, features, accepted = zip(*self.rounds[b])
+        behaviour = [torch.zeros(len(tokens), device=self.device) for tokens in draft_tokens]  # greedy proposals are certain
+        if request.temperature > 0:
+            behaviour = [zeros if logits is None else
+                         (logits.float() / request.temperature).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+                         for zeros, tokens, logits in zip(behaviour, draft_tokens, draft_logits)]
         return Trace(
             ids=torch.tensor(self.committed[b], device=self.device), prompt_length=len(request.prompt),
-            features=torch.cat([self.prompt_features[b], *features]),
-            starts=torch.stack(starts), draft_tokens=draft_tokens, behaviour_logprobs=behaviour,
-            target_logits=torch.stack(target_logits), num_accepted=torch.tensor(accepted),
+            features=torch.cat([self.prompt_features[b], *features]), starts=torch.stack(starts),
+            draft_tokens=pad_sequence(draft_tokens, batch_first=True, padding_value=-1),
+            behaviour_logprobs=pad_sequence(behaviour, batch_first=True),
+            target_logits=pad_sequence(target_logits, batch_first=True), num_accepted=torch.tensor(accepted),
             temperature=request.temperature, version=version)
 
 
-def generate(target, draft, request, K, version=0):
-    """Answers one request -> (its trace, seconds)."""
-    begun = time.perf_counter()
-    generation = Generation(target, draft, [request], K)
+def rounds(generation, draft_length):
+    """Round after round until every request is complete, each as long as `draft_length` says."""
     while not generation.done:
-        generation.round()
+        begun, K = time.perf_counter(), draft_length.choose()
+        output = generation.round(K)
+        draft_length.observe(K, [len(kept) for kept, _ in filter(None, output)], time.perf_counter() - begun)
+        yield output
+
+
+def generate(target, draft, request, K, version=0):
+    """Answers one request -> (its trace, seconds).  K: a number, or the DraftLength that chooses one every round."""
+    begun = time.perf_counter()
+    draft_length = FixedLength(K) if isinstance(K, int) else K
+    generation = Generation(target, draft, [request], draft_length.longest)
+    for _ in rounds(generation, draft_length):
+        pass
     seconds = time.perf_counter() - begun
     return generation.trace(0, version), seconds
 
@@ -150,21 +175,36 @@ def generate(target, draft, request, K, version=0):
 # ---- the loop ------------------------------------------------------------------------------------
 
 
-def aurora(target, served, learner, static, requests, args, journal):
+def aurora(target, served, learner, static, requests, K, args, journal):
     """The algorithm: every request is served by the newest draft, and its trace makes the next one."""
-    K = args.num_speculative_tokens
     for request, arms in plan(requests, args.compare):
         for arm in arms:
             if arm == "online":
-                trace, seconds = generate(target, served, request, K, learner.version)  # draft, verify, commit
+                trace, seconds = generate(target, served, request, K[arm], learner.version)  # draft, verify, commit
                 learning = {} if args.no_learn else learner.update(trace)
                 if learning and learner.updates % args.publish_every == 0:
                     served.load_state_dict(learner.publish())
+                    K[arm].trust(learner.acceptance)
             elif arm == "static":
-                trace, seconds, learning = *generate(target, static, request, K), {}
+                trace, seconds, learning = *generate(target, static, request, K[arm]), {}
             else:
                 trace, seconds, learning = *generate(target, None, request, K=0), {}
             journal.record(arm, request, trace, seconds, **learning)
+
+
+def draft_lengths(target, draft, args):
+    """One rule for each arm; in auto, both know what a round of every length costs here and now."""
+    if args.num_speculative_tokens != "auto":
+        return dict.fromkeys(("static", "online"), FixedLength(args.num_speculative_tokens))
+    generation = Generation(target, draft, [Request([0] * PROMPT_LENGTH, 100 * LONGEST, 0, args.temperature)], LONGEST)
+    seconds = [[] for _ in range(LONGEST + 1)]
+    for _ in range(7):
+        for K in range(LONGEST, -1, -1):
+            begun = time.perf_counter()
+            generation.round(K)
+            seconds[K].append(time.perf_counter() - begun)
+    seconds = [sorted(s)[len(s) // 2] for s in seconds]
+    return {arm: DraftLength(seconds) for arm in ("static", "online")}
 
 
 def plan(requests, compare):
@@ -195,12 +235,14 @@ class Journal:
         self.bar = tqdm(total=total, unit="request", disable=None if total > 1 else True)
 
     def record(self, arm, request, trace, seconds, loss=None, learn_seconds=0.0):
-        R, K = trace.draft_tokens.shape
-        histogram = torch.bincount(trace.num_accepted, minlength=K + 1).tolist()  # rounds that kept 0, 1, .. K
+        width = (trace.draft_tokens >= 0).sum(1)  # what each round drafted; one of plain decoding has no acceptance length
+        kept = trace.num_accepted[width > 0]
         line = {"arm": arm, "class": request.kind, "seed": request.seed, "draft_version": trace.version,
-                "tokens": min(len(trace.ids) - trace.prompt_length, request.max_new_tokens), "rounds": R,
-                "accepted": int(trace.num_accepted.sum()), "drafted": R * K, "acceptance_histogram": histogram,
-                "mean_acceptance_length": 1 + int(trace.num_accepted.sum()) / R,
+                "tokens": min(len(trace.ids) - trace.prompt_length, request.max_new_tokens),
+                "rounds": len(kept), "plain_rounds": len(width) - len(kept), "accepted": int(kept.sum()), "drafted": int(width.sum()),
+                "tested": int((trace.num_accepted + 1).minimum(width).sum()),  # drafted tokens up to the first rejection
+                "acceptance_histogram": torch.bincount(kept, minlength=trace.draft_tokens.shape[1] + 1).tolist(),
+                "mean_acceptance_length": 1 + int(kept.sum()) / max(1, len(kept)),
                 "serve_seconds": seconds, "learn_seconds": learn_seconds, "update_loss": loss}
         self.records.append(line)
         if self.log:
@@ -223,7 +265,7 @@ class Journal:
     def print(self):
         if not self.records:
             return
-        rows = [("class", "arm", "requests", "tokens/s", "with learning", "x plain", "accept. length",
+        rows = [("class", "arm", "requests", "tokens/s", "with learning", "x plain", "K", "accept. length",
                  "accepted at 1..K", "p50 s", "p95 s", "learn s / serve s")]
         for kind, by_arm in self.report().items():
             plain = by_arm.get("plain")
@@ -231,7 +273,7 @@ class Journal:
                 ratio = f"{s['tokens_per_second'] / plain['tokens_per_second']:.2f}" if plain else "-"
                 rows.append((kind, arm, str(s["requests"]), f"{s['tokens_per_second']:.1f}",
                              f"{s['tokens_per_second_with_learning']:.1f}", ratio,
-                             f"{s['mean_acceptance_length']:.2f}" if arm != "plain" else "-",
+                             f"{s['drafted_per_round']:.1f}", f"{s['mean_acceptance_length']:.2f}" if arm != "plain" else "-",
                              " ".join(f"{x:.2f}" for x in s["acceptance_per_position"]) or "-",
                              f"{s['latency_p50']:.2f}", f"{s['latency_p95']:.2f}",
                              f"{s['learn_seconds'] / s['serve_seconds']:.2f}" if arm == "online" else "-"))
@@ -257,20 +299,20 @@ def mean(values):
 
 def overlap(records):
     """Of the drafted tokens that were put to the test, the share that was kept: an estimate of alpha."""
-    accepted = sum(r["accepted"] for r in records)
-    tested = accepted + sum(sum(r["acceptance_histogram"][:-1]) for r in records)
-    return accepted / max(1, tested)
+    return sum(r["accepted"] for r in records) / max(1, sum(r["tested"] for r in records))
 
 
 def summary(records):
     """Totals and metrics as vLLM defines them; the README has the formulas."""
-    tokens, rounds = sum(r["tokens"] for r in records), sum(r["rounds"] for r in records)
+    tokens, rounds = sum(r["tokens"] for r in records), max(1, sum(r["rounds"] for r in records))
+    passes = sum(r["rounds"] + r["plain_rounds"] for r in records)
     serve, learning = sum(r["serve_seconds"] for r in records), sum(r["learn_seconds"] for r in records)
-    histogram = [sum(column) for column in zip(*(r["acceptance_histogram"] for r in records))]
+    histogram = [sum(column) for column in zip_longest(*(r["acceptance_histogram"] for r in records), fillvalue=0)]
     latency = sorted(r["serve_seconds"] for r in records)
     return {"requests": len(records), "tokens": tokens, "serve_seconds": serve, "learn_seconds": learning,
             "tokens_per_second": tokens / serve, "tokens_per_second_with_learning": tokens / (serve + learning),
             "mean_acceptance_length": 1 + sum(r["accepted"] for r in records) / rounds,
+            "drafted_per_round": sum(r["drafted"] for r in records) / passes,
             "acceptance_per_position": [sum(histogram[k:]) / rounds for k in range(1, len(histogram))],
             "latency_p50": latency[len(latency) // 2], "latency_p95": latency[int(0.95 * (len(latency) - 1) + 0.5)]}
 
@@ -318,6 +360,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def length(text):
+    return text if text == "auto" else int(text)
+
+
 def arguments(argv):
     parser = Parser(prog="aurora.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("models")
@@ -332,7 +378,8 @@ def arguments(argv):
     one.add_argument("--prompt", metavar="TEXT", help="answer this one prompt, streaming")
     group.add_argument("--max-new-tokens", type=int, default=96)
     group = parser.add_argument_group("decoding")
-    group.add_argument("--num-speculative-tokens", type=int, default=4, metavar="K", help="drafted tokens a round")
+    group.add_argument("--num-speculative-tokens", type=length, default="auto", metavar="K",
+                       help=f"drafted tokens a round; auto: from 0 to {LONGEST}, whatever is fastest at the time")
     group.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("learning")
@@ -355,9 +402,11 @@ def arguments(argv):
     args = parser.parse_args(argv)
     lr, steps = (0.05, 3) if args.draft == "scratch" else (0.005, 1)  # a random draft has nothing to lose
     args = argparse.Namespace(**{"lr": lr, "steps": steps} | vars(args))
-    for name, low in (("requests", 1), ("max_new_tokens", 1), ("num_speculative_tokens", 1), ("steps", 1), ("publish_every", 1), ("threads", 0)):
+    for name, low in (("requests", 1), ("max_new_tokens", 1), ("steps", 1), ("publish_every", 1), ("threads", 0)):
         if getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
+    if args.num_speculative_tokens != "auto" and args.num_speculative_tokens < 1:
+        parser.error(f"--num-speculative-tokens must be auto or at least 1, got {args.num_speculative_tokens}")
     if args.temperature and not 0.01 <= args.temperature < float("inf"):
         parser.error(f"--temperature must be 0 (greedy) or at least 0.01, got {args.temperature}")
     if not 0 < args.lr < float("inf"):
@@ -446,11 +495,12 @@ def built_in_prompts(args):
 def make_requests(pairs, args, config):
     requests = [Request(encode(text, config), args.max_new_tokens, args.seed * 1_000_003 + i, args.temperature, kind)
                 for i, (kind, text) in enumerate(pairs)]
-    room = config.max_position_embeddings - args.max_new_tokens - 2 * args.num_speculative_tokens - 1
+    K = LONGEST if args.num_speculative_tokens == "auto" else args.num_speculative_tokens
+    room = config.max_position_embeddings - args.max_new_tokens - 2 * K - 1
     for r in requests:
         if len(r.prompt) > room:
             raise UserError(f"a prompt of {len(r.prompt)} tokens does not fit: the context of {config.max_position_embeddings} "
-                            f"leaves {max(0, room)} beside --max-new-tokens {args.max_new_tokens} and --num-speculative-tokens {args.num_speculative_tokens}")
+                            f"leaves {max(0, room)} beside --max-new-tokens {args.max_new_tokens} and {K} drafted tokens")
     return requests
 
 
@@ -512,10 +562,10 @@ def stream(target, draft, request, args):
     """Prints the answer as it comes: drafted tokens in one colour, the target's own in another."""
     colours = ("\033[32m", "\033[33m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    draft_length = draft_lengths(target, draft, args)["online"]
     begun, left = time.perf_counter(), request.max_new_tokens
-    generation = Generation(target, draft, [request], args.num_speculative_tokens)
-    while not generation.done:
-        ((kept, own),) = generation.round()
+    generation = Generation(target, draft, [request], draft_length.longest)
+    for ((kept, own),) in rounds(generation, draft_length):
         for token, colour in [(t, colours[0]) for t in kept] + [(own, colours[1])]:
             if left > 0:
                 print(colour + decoder.decode(bytes([token])), end=colours[2], flush=True)
@@ -523,16 +573,16 @@ def stream(target, draft, request, args):
     print(decoder.decode(b"", final=True), end="")
     seconds, trace = time.perf_counter() - begun, generation.trace(0)
     print(f"\n\n{request.max_new_tokens} tokens in {seconds:.2f} s, {len(trace.starts)} rounds, "
-          f"acceptance length {1 + trace.num_accepted.float().mean():.2f}", file=sys.stderr)
+          f"{request.max_new_tokens / len(trace.starts):.2f} tokens a round", file=sys.stderr)
 
 
-def facts(target, draft, args, requests):
+def facts(target, draft, K, args, requests):
     count = lambda model: sum(p.numel() for p in model.parameters())
     weights = count(target) * target.lm_head.weight.element_size()
     c = target.config
     print(f"target   {args.target}: {count(target) / 1e6:.1f}M parameters, {c.num_hidden_layers} layers of {c.hidden_size}, "
           f"{args.dtype}, {weights / 1e6:.0f} MB of weights a forward, {args.device}, {torch.get_num_threads()} threads\n"
-          f"draft    {args.draft}: {count(draft) / 1e6:.1f}M parameters in one layer, K = {args.num_speculative_tokens}, temperature {args.temperature}\n"
+          f"draft    {args.draft}: {count(draft) / 1e6:.1f}M parameters in one layer, {K}, temperature {args.temperature}\n"
           f"verify   {'kernels.cu' if kernel(torch.device(args.device).type) else 'the torch reference'}\n"
           f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, {args.steps} steps a request, a version every {args.publish_every}'}\n"
           f"traffic  {', '.join(dict.fromkeys(r.kind for r in requests))}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
@@ -545,13 +595,14 @@ def main(argv=None):
     requests = make_requests(pairs or built_in_prompts(args), args, target.config)
     if args.prompt is not None:
         return stream(target, draft, requests[0], args)
-    learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, seed=args.seed)
+    K = draft_lengths(target, draft, args)
+    learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, K["online"].longest, seed=args.seed)
     learner.restore(state)
     served = copy.deepcopy(draft)
-    facts(target, draft, args, requests)
+    facts(target, draft, K["online"], args, requests)
     journal, trouble = Journal(args, len(requests)), None
     try:
-        aurora(target, served, learner, static, requests, args, journal)
+        aurora(target, served, learner, static, requests, K, args, journal)
     except KeyboardInterrupt:
         print("\ninterrupted: this is what was served until now", file=sys.stderr)
     except Exception as error:  # raised again below, when what was served is safe

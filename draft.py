@@ -24,6 +24,81 @@ from model import MLP, Attention, Cache, UserError, add_tables, fill, load, rope
 from verify import inverse_cdf, probabilities
 
 
+class FixedLength:
+    """Always draft K tokens."""
+
+    def __init__(self, K):
+        self.longest = K
+
+    def choose(self):
+        return self.longest
+
+    def observe(self, K, accepted, seconds):
+        pass
+
+    def trust(self, acceptance):
+        pass
+
+    def __str__(self):
+        return f"K = {self.longest}"
+
+
+class DraftLength:
+    """How many tokens to draft: before every round the K in 0..longest that promises the most tokens per second,
+
+        (1 + sum_{k<=K} S_k) / seconds(K),     S_k = prod_{j<=k} a_j,
+
+    where a_j is how often place j was accepted when it was put to the test, of late.  K = 0 is plain decoding.
+
+    seconds: measured, of a round with K = 0, 1, .. longest drafted tokens.  Where nothing pays, a round with K = 1 still
+    probes now and then, for at most `probing` of all the time, so a worthless draft costs that much and no more."""
+
+    def __init__(self, seconds, probing=0.02, memory=0.98, hope=0.7):
+        self.longest, self.seconds, self.probing, self.memory, self.hope = len(seconds) - 1, seconds, probing, memory, hope
+        self.kept = [0.0] * self.longest  # each place's acceptances and
+        self.tested = [0.0] * self.longest  # tests, old ones fading
+        self.spent = self.probed = 0.0
+
+    def survival(self):
+        """S_1, S_2, ..; a place that was hardly ever reached is taken to be like the one before it."""
+        a, S, out = self.hope, 1.0, []
+        for kept, tested in zip(self.kept, self.tested):
+            a = (kept + 2 * a) / (tested + 2)
+            S *= a
+            out.append(S)
+        return out
+
+    def rates(self):
+        """Tokens per second to expect at K = 0, 1, .. longest."""
+        S = self.survival()
+        return [(1 + sum(S[:K])) / t for K, t in enumerate(self.seconds)]
+
+    def choose(self):
+        rates = self.rates()
+        best = rates.index(max(rates))
+        return 1 if best == 0 and self.probed < self.probing * self.spent else best
+
+    def observe(self, K, accepted, seconds):
+        """A round of K drafted tokens took `seconds`; `accepted`: of each row, how many were kept."""
+        rates = self.rates()
+        if K and rates[0] == max(rates):
+            self.probed += seconds - self.seconds[0]
+        self.spent += seconds
+        for n in accepted if K else ():
+            self.kept = [self.memory * x + (j < n) for j, x in enumerate(self.kept)]
+            self.tested = [self.memory * x + (j < min(n + 1, K)) for j, x in enumerate(self.tested)]
+
+    def trust(self, acceptance, tests=50.0):
+        """Takes over the learner's estimate of the places' acceptance, as if it were so many tests: it knows the draft
+        that is about to serve, and places that no round has reached."""
+        for j, a in enumerate(acceptance[: self.longest]):
+            self.kept[j], self.tested[j] = tests * a, tests
+
+    def __str__(self):
+        ratios = " ".join(f"{t / self.seconds[0]:.2f}" for t in self.seconds[1:])
+        return f"K = 0..{self.longest}, a round of 1.. costs {ratios} plain tokens of {1e3 * self.seconds[0]:.1f} ms"
+
+
 class Midlayer(nn.Module):
     def __init__(self, config):
         super().__init__()

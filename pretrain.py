@@ -2,8 +2,9 @@
 
     python pretrain.py --corpus                       what the corpus is made of on this machine
     python pretrain.py --target                       train weights/target.pt
-    python pretrain.py --draft python,cpp,docs        train weights/draft.pt, the well-trained static draft
-    python pretrain.py --draft python --out weights/draft-python.pt
+    python pretrain.py --answers answers.pt           what the target goes on to write after training text
+    python pretrain.py --draft python,cpp,docs --with answers.pt           train weights/draft.pt, the static draft
+    python pretrain.py --draft python --with answers.pt --out weights/draft-python.pt
     python pretrain.py --eval                         held-out bits per byte and overlap of what is shipped
 
 Training resumes from its checkpoint file.  With glibc, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 saves
@@ -18,6 +19,7 @@ where its file goes, and one that is in `docs` is cut out of `python`.
 
 import argparse
 import ast
+import copy
 import inspect
 import math
 import platform
@@ -35,11 +37,14 @@ import model as transformer
 import rl
 from draft import Draft, load_draft
 from model import Config, Transformer, load_target, save
+from verify import inverse_cdf, probabilities
 
 BOS = 256
 WEIGHTS = Path(__file__).parent / "weights"
 CLASSES = ("python", "cpp", "docs")
 TEMPERATURE = 0.8  # at which drafts are trained and measured, aurora.py's default
+PROMPT, ANSWER = 64, 192  # bytes of text, and what the target writes after them: what drafts learn from
+HELD_OUT = 96  # answers a class that drafts are measured on
 LONG_DOCSTRING = 300  # characters; shorter ones stay in the source
 TARGET = Config(
     vocab_size=257, hidden_size=384, intermediate_size=768, num_hidden_layers=8, num_attention_heads=4,
@@ -306,6 +311,32 @@ def train_target(args, texts):
 # ---- the static drafts ---------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def written(target, stream, count, seed):
+    """(count, 1 + PROMPT + ANSWER) int64: the begin token, a stretch of text, and what the target, in bfloat16, answers at TEMPERATURE."""
+    rng, generator, target = np.random.default_rng(seed), torch.Generator().manual_seed(seed), copy.deepcopy(target).bfloat16()
+    out, batch = [], min(count, 128)
+    bar = tqdm(total=count * ANSWER, unit="byte", leave=False)
+    while len(out) * batch < count:
+        ids = sample([stream], batch, PROMPT, rng)
+        positions, cache = torch.arange(PROMPT + ANSWER).expand(batch, -1), target.new_cache(batch, PROMPT + ANSWER)
+        target(ids[:, :PROMPT], positions[:, :PROMPT], cache)
+        for t in range(PROMPT, PROMPT + ANSWER):
+            hidden, _ = target(ids[:, t:], positions[:, t : t + 1], cache)
+            p = probabilities(target.logits(hidden[:, 0]), torch.full((batch,), TEMPERATURE, dtype=torch.float64))
+            next_byte = inverse_cdf(p, torch.rand(batch, generator=generator, dtype=torch.float64))
+            ids = torch.cat([ids, next_byte[:, None]], dim=1)
+            bar.update(batch)
+        out.append(ids)
+    bar.close()
+    return torch.cat(out)[:count]
+
+
+def write_answers(args, texts):
+    target = load_target(args.target_path)[0].eval()
+    torch.save({c: written(target, as_bytes(texts[c]["train"]), args.count, seed=0).short() for c in CLASSES}, args.answers)
+
+
 def chains(target, draft, ids, starts, K):
     """The draft as if rounds had started at `starts` (B, R) and the text's own next tokens had been drafted.
 
@@ -330,35 +361,39 @@ def draft_loss(target, draft, ids, starts, K, objective):
 
 
 @torch.no_grad()
-def held_out_overlap(target, draft, stream, K, count=12, length=512):
+def held_out_overlap(target, draft, ids, K):
     """Overlap at each place of the chain, given that it is reached (K,), and the acceptance length it makes.
 
-    The text's own tokens stand in for draws from the target, so this tracks training and is not a forecast of what
-    serving sees, where the target writes the context too: aurora.py --compare measures that."""
-    ids = windows(stream, count, length)
-    starts = torch.arange(128, length - 1 - K, 2).expand(count, -1)
+    ids: what the target wrote after held-out text.  Its tokens are draws from target_p, so E_{x~p}[sum_j S_{<j} alpha_j]
+    is what serving would accept if every position of the answer were the start of a round."""
+    starts = torch.arange(PROMPT - 1, ids.shape[1] - 2 - K, 2).expand(len(ids), -1)
     draft_logits, target_logits, tokens = chains(target, draft, ids, starts, K)
-    a, alpha, _, _ = rl._chain(draft_logits, target_logits, tokens, TEMPERATURE, "target")
-    before = rl._exclusive_cumprod(a)
-    reached = before.mean(0)
-    return [round(x, 4) for x in ((before * alpha).mean(0) / reached).tolist()], round(1 + (before * alpha).sum(1).mean().item(), 4)
+    alpha = rl.acceptance(draft_logits, target_logits, tokens, TEMPERATURE)
+    return [round(x, 4) for x in alpha.tolist()], round(1 + alpha.cumprod(0).sum().item(), 4)
 
 
 def train_draft(args, texts, classes):
-    """Distilled offline from the target's distributions on text of `classes`, at the temperature that serves."""
+    """Distilled offline from the target's distributions, at the temperature that serves, on text of `classes` and,
+    where --with gives it, on what the target itself wrote after such text, which is what serving will read."""
     torch.manual_seed(0)
     target = load_target(args.target_path)[0].eval()
     streams = [as_bytes(texts[c]["train"]) for c in classes]
-    held = {c: as_bytes(texts[c]["eval"]) for c in CLASSES}
+    answers = torch.load(args.answered, weights_only=True) if args.answered else {}
+    answers = [answers[c].long() for c in classes if answers]
+    held = {c: written(target, as_bytes(texts[c]["eval"]), HELD_OUT, seed=1) for c in CLASSES}
     draft, before = load_draft(args.init, target) if args.init else (Draft(target), {})
     K = args.chain
+    loss_fn = torch.compile(draft_loss, dynamic=False)
 
     def batch_loss(step, progress):
         rng = np.random.default_rng(step)
         rows, length, R = (2, 1024, 256) if step % 4 == 3 else (6, 256, 128)  # mostly short, now and then far back
         ids = sample(streams, rows, length, rng)
+        for row in range(rows if length == PROMPT + ANSWER and answers and step % 4 else 0):
+            kind = answers[row % len(answers)]
+            ids[row] = kind[rng.integers(len(kind))]
         starts = torch.from_numpy(np.sort(np.stack([rng.permutation(length - 1 - K)[:R] for _ in ids])))
-        return draft_loss(target, draft, ids, starts, K, args.objective), ids.numel()
+        return loss_fn(target, draft, ids, starts, K, args.objective), ids.numel()
 
     def evaluate():
         return {c: held_out_overlap(target, draft, held[c], K) for c in CLASSES}
@@ -373,10 +408,11 @@ def evaluate_shipped(texts):
     target = load_target(WEIGHTS / "target.pt")[0].eval()
     bits = {c: bits_per_byte(target, as_bytes(texts[c]["eval"])) for c in CLASSES}
     print("target    bits per byte ", *(f"{c} {b:.3f} " for c, b in bits.items()), f"mean {sum(bits.values()) / 3:.3f}")
+    held = {c: written(target, as_bytes(texts[c]["eval"]), HELD_OUT, seed=1) for c in CLASSES}
     for name in ("draft", "draft-python"):
         draft, kept = load_draft(WEIGHTS / f"{name}.pt", target)
         for c in CLASSES:
-            places, length = held_out_overlap(target, draft, as_bytes(texts[c]["eval"]), 5, count=24)
+            places, length = held_out_overlap(target, draft, held[c], 5)
             history = kept["overlap"]
             then, last = history[int(0.75 * (len(history) - 1))][c][1], history[-1][c][1]
             print(f"{name:13s} {c:7s} overlap at 1..5: {' '.join(f'{a:.3f}' for a in places)}   acceptance length {length:.3f}"
@@ -388,9 +424,12 @@ def main():
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--corpus", action="store_true")
     what.add_argument("--target", action="store_true")
+    what.add_argument("--answers", metavar="FILE", help="write what the target answers to training text")
     what.add_argument("--draft", metavar="CLASSES", help="python,cpp,docs or some of them")
     what.add_argument("--eval", action="store_true")
     parser.add_argument("--minutes", type=float, default=80)
+    parser.add_argument("--count", type=int, default=3072, help="answers a class")
+    parser.add_argument("--with", dest="answered", metavar="FILE", help="train the draft on these answers too")
     parser.add_argument("--objective", choices=("log", "expected", "kl"), default="log", help="of the draft")
     parser.add_argument("--chain", type=int, default=5, help="tokens a round that the draft is trained for")
     parser.add_argument("--init", metavar="FILE", help="go on from this draft instead of random weights")
@@ -407,6 +446,8 @@ def main():
     print_corpus(texts)
     if args.target:
         train_target(args, texts)
+    if args.answers:
+        write_answers(args, texts)
     if args.draft:
         train_draft(args, texts, classes)
     if args.target or args.draft:

@@ -30,6 +30,7 @@ Letters: R rounds, K drafted tokens a round, V vocabulary, T tokens of a sequenc
 
 import time
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +118,15 @@ def target_side_loss(draft_logits, target_logits, target_tokens, temperature=1.0
     return _log_utility(before, alpha) if log else -(before * alpha).sum(1).mean()
 
 
+@torch.no_grad()
+def acceptance(draft_logits, target_logits, tokens, temperature=1.0, behaviour_logprobs="target"):
+    """(K,): the overlap at each place of the chain given that the chain gets there; 1 + sum of its cumulative product is
+    the acceptance length to expect.  Arguments as above; "target": tokens drawn from the target."""
+    a, alpha, _, _ = _chain(draft_logits, target_logits, tokens, temperature, behaviour_logprobs)
+    before = _exclusive_cumprod(a) * (tokens >= 0)
+    return (before * alpha).sum(0) / before.sum(0).clamp(min=1e-9)
+
+
 def _log_utility(before, alpha):
     return -(before.detach() * torch.where(alpha > 0, alpha.clamp(min=1e-9), 1.0).log()).sum(1).mean()
 
@@ -137,12 +147,16 @@ class Trace:
     prompt_length: int  # tokens, the begin token included
     features: torch.Tensor  # (T, 3D) the target's, at every position but the last
     starts: torch.Tensor  # (R,) position of each round's step 0
-    draft_tokens: torch.Tensor  # (R, K)
+    draft_tokens: torch.Tensor  # (R, K), -1 pads a round that drafted less
     behaviour_logprobs: torch.Tensor  # (R, K) log draft_q(token) when it was drafted
     target_logits: torch.Tensor  # (R, K+1, V), rows after a rejection too
     num_accepted: torch.Tensor  # (R,)
     temperature: float
     version: int  # of the draft that served
+
+    def drafted(self):
+        """(R,) bool: the rounds that drafted at all; the others were plain decoding."""
+        return (self.draft_tokens >= 0).any(1)
 
     def answer_logits(self):
         """The target's rows at the answer's tokens, one a token: (len(ids) - prompt_length, V)."""
@@ -150,8 +164,10 @@ class Trace:
 
 
 def replay_rounds(draft, trace):
-    """The draft's logits (R, K, V) for the rounds of a trace, with gradient."""
-    return draft.replay(trace.features[None], trace.ids[None, 1:], trace.starts[None], trace.draft_tokens[None, :, :-1])[0]
+    """The draft's logits (R, K, V) for the rounds of a trace, with gradient; where a round drafted less, for what
+    stands in for its pads (-1)."""
+    chains = trace.draft_tokens[:, :-1].clamp(min=0)
+    return draft.replay(trace.features[None], trace.ids[None, 1:], trace.starts[None], chains[None])[0]
 
 
 def replay_answer(draft, trace, K):
@@ -180,31 +196,48 @@ def optimizers(model, lr, weight_decay=0.0):
             torch.optim.AdamW(rest, lr=0.15 * lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
+@contextmanager
+def bfloat16_products():
+    """Matrix products of float32 tensors in bfloat16, sums in float32, where the processor does that faster: the learner
+    alone is inside, what serves never is.  On a Xeon with AMX a float32 replay with its gradient takes four times as long."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Learner:
     """Learns in place on the draft it is given; what serves is a copy that the driver takes of a published version.
 
-    target_side in 0..1 is the share of the loss that comes from the target's own tokens; the rest comes from the
-    draft's.  An update is `steps` optimizer steps, each on two traces: first the new one and one of the last
-    `buffer_size`, then two of these."""
+    target_side in 0..1 is the share of the loss that comes from the target's own tokens, in chains of `chain`; the rest
+    comes from the draft's.  An update is `steps` optimizer steps, each on two traces: first the new one and one of the
+    last `buffer_size`, then two of these.  `acceptance` is its estimate, place by place, for the draft as it learned."""
 
-    def __init__(self, draft, estimator, lr, target_side, steps=1, buffer_size=32, seed=0):
-        self.draft, self.estimator, self.target_side, self.steps = draft, estimator, target_side, steps
+    def __init__(self, draft, estimator, lr, target_side, steps=1, chain=4, buffer_size=32, seed=0):
+        self.draft, self.estimator, self.target_side, self.steps, self.chain = draft, estimator, target_side, steps, chain
         self.optimizers = optimizers(draft, lr)
         self.buffer = deque(maxlen=buffer_size)  # recent traces
         self.updates, self.version, self.published = 0, 0, 0  # traces learned from; newest version; how many it has
         self.generator = torch.Generator().manual_seed(seed)
+        self.acceptance = []
 
     def loss(self, trace):
-        K, T = trace.draft_tokens.shape[1], trace.temperature
-        loss = 0.0
-        if self.target_side < 1:  # from the draft's tokens, kept and rejected
-            logits = replay_rounds(self.draft, trace)
-            loss = (1 - self.target_side) * policy_gradient_loss(
-                logits, trace.target_logits[:, :-1], trace.draft_tokens, T, self.estimator, trace.behaviour_logprobs)
-        if self.target_side > 0:  # from the target's
-            loss = loss + self.target_side * target_side_loss(
-                *replay_answer(self.draft, trace, K), T, log=self.estimator == "log")
-        return loss
+        """-> the loss, with gradient, and the acceptance at each place of the chain (K,)."""
+        T, loss, learned = trace.temperature, 0.0, []
+        drafted = trace.drafted()
+        target_side = self.target_side if drafted.any() else 1.0  # plain decoding teaches too
+        if target_side < 1:  # from the draft's tokens, kept and rejected
+            rounds = replay_rounds(self.draft, trace)[drafted], trace.target_logits[drafted, :-1], trace.draft_tokens[drafted]
+            behaviour = trace.behaviour_logprobs[drafted]
+            loss = (1 - target_side) * policy_gradient_loss(*rounds, T, self.estimator, behaviour)
+            learned = acceptance(*rounds, T, behaviour)
+        if target_side > 0:  # from the target's
+            answer = replay_answer(self.draft, trace, self.chain)
+            loss = loss + target_side * target_side_loss(*answer, T, log=self.estimator == "log")
+            learned = acceptance(*answer, T)
+        return loss, learned
 
     def update(self, trace):
         """Learns from one more trace -> {"loss": its own, "learn_seconds"}.
@@ -218,9 +251,12 @@ class Learner:
             if step == 0:
                 self.buffer.append(trace)
             for example in batch:
-                loss = self.loss(example)
-                (loss / len(batch)).backward()
+                with bfloat16_products():
+                    loss, learned = self.loss(example)
+                    (loss / len(batch)).backward()
                 losses.append(loss.item())
+                if example is trace:
+                    self.acceptance = learned.tolist()
             norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
             if not norm.isfinite():
                 raise UserError(f"learning diverged at update {self.updates}: the gradient is not finite; lower --lr")

@@ -7,6 +7,7 @@ are what is tested.
 
 import itertools
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import pretrain
 import rl
 import verify
 from aurora import Generation, Request, generate
-from draft import Draft
+from draft import Draft, DraftLength
 from model import Config, Transformer, UserError, load, save
 from verify import accept, accept_reference, inverse_cdf, probabilities
 
@@ -364,16 +365,28 @@ def test_finished_rows_stay_inside_the_cache(K=6):
     assert all(ids == answer.ids[: len(ids)].tolist() for ids in run.committed)
 
 
-@pytest.mark.parametrize("K", [0, 1, 3])
+class Changing:
+    """A new number of drafted tokens every round, none at all now and then, several times in a row."""
+
+    def __init__(self, *lengths):
+        self.lengths, self.longest = itertools.cycle(lengths), max(lengths)
+
+    def choose(self):
+        return next(self.lengths)
+
+    def observe(self, K, accepted, seconds):
+        assert all(0 <= n <= K for n in accepted) and seconds > 0
+
+
+@pytest.mark.parametrize("K", [(0,), (1,), (3,), (0, 1, 3), (3, 0, 0, 2)], ids=str)
 def test_law_of_generated_text_is_the_targets(K, B=6000):
     """Whole path: prompt -> rounds -> text.  The joint law of the first three tokens against the target's own
-    probabilities, multiplied out over all 4^3 continuations."""
+    probabilities, multiplied out over all 4^3 continuations; rounds of one length, and of changing ones."""
     target = tiny_target(gain=2.0, vocab_size=5, bos_token_id=4, suppress_tokens=(4,))
     draft = tiny_draft(target)
     temperature, prompt = 0.8, [4, 1, 2, 0, 3, 3]
-    run = Generation(target, draft if K else None, [Request(prompt, 3, seed, temperature) for seed in range(B)], K)
-    while not run.done:
-        run.round()
+    run = Generation(target, draft if any(K) else None, [Request(prompt, 3, seed, temperature) for seed in range(B)], max(K))
+    list(aurora.rounds(run, Changing(*K)))
     counts = Counter(tuple(ids[6:9]) for ids in run.committed)
     texts = list(itertools.product(range(4), repeat=3))
     hidden, _ = target(torch.tensor([prompt + list(x) for x in texts]))
@@ -400,6 +413,65 @@ def test_replay_reproduces_the_served_draft_logits(K=4):
         assert (replayed - served)[finite].abs().max() < 1e-5
         log_q = (replayed / trace.temperature).log_softmax(-1).gather(-1, trace.draft_tokens[..., None]).squeeze(-1)
         torch.testing.assert_close(log_q.detach(), trace.behaviour_logprobs, atol=1e-5, rtol=0)
+
+
+def test_the_draft_length_may_change_every_round(lengths=(2, 0, 0, 4, 0, 1, 3)):
+    """Greedy output stays that of plain decoding, and replay still reproduces what was served: after rounds without a
+    draft, the draft catches up with what the target read meanwhile.  Pads are never learned from."""
+    target = tiny_target(gain=2.0)
+    draft = tiny_draft(target)
+    for seed, temperature in ((0, 0.0), (1, 0.9)):
+        r = request(seed=seed, temperature=temperature, new=60)
+        run = Generation(target, draft, [r, request(length=9, seed=7, temperature=temperature, new=45)], 4)
+        list(aurora.rounds(run, Changing(*lengths)))
+        for b in range(2):
+            trace = run.trace(b)
+            assert [int(n) for n in (trace.draft_tokens >= 0).sum(1)] == list(itertools.islice(itertools.cycle(lengths), len(trace.starts)))
+            replayed = rl.replay_rounds(draft, trace)
+            for k, (served, again) in enumerate(zip(run.rounds[b], replayed)):
+                if served[2] is not None:
+                    finite = served[2].isfinite()
+                    torch.testing.assert_close(again[: len(served[2])][finite], served[2][finite], atol=1e-5, rtol=0)
+            loss = rl.policy_gradient_loss(replayed, trace.target_logits[:, :-1], trace.draft_tokens, temperature, "expected", trace.behaviour_logprobs)
+            grads = torch.autograd.grad(loss, replayed)[0]
+            assert (grads[trace.draft_tokens < 0] == 0).all() and grads[trace.draft_tokens >= 0].abs().max() > 0
+        if temperature == 0:
+            plain, _ = generate(target, None, r, 0)
+            a, b = plain.ids.tolist(), run.committed[0][: len(plain.ids)]
+            first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+            top = None if first is None else plain.answer_logits()[first - plain.prompt_length].topk(2).values
+            assert first is None or top[0] - top[1] < 1e-4
+
+
+@pytest.mark.parametrize("cost, best", [(0.01, 7), (0.02, 6), (0.05, 4), (0.1, 3)])
+def test_the_best_length_is_the_textbooks(cost, best):
+    """(1 - a^(K+1)) / (1 - a) / (K c + 1) at overlap a = 0.6, where verifying costs what one token costs."""
+    chooser = DraftLength([1 + cost * K for K in range(13)])
+    chooser.trust([0.6] * 12, tests=1e9)
+    assert chooser.choose() == best
+    assert chooser.rates() == pytest.approx([(1 - 0.6 ** (K + 1)) / 0.4 / (1 + cost * K) for K in range(13)])
+
+
+def test_a_worthless_draft_costs_only_its_probes_and_a_good_one_is_found_again():
+    """A clock instead of a machine: plain rounds take 1, K drafted tokens 1.2 + 0.1 K."""
+    seconds = [1.0] + [1.2 + 0.1 * K for K in range(1, 9)]
+    chooser, draws = DraftLength(seconds), random.Random(0)
+
+    def serve(overlap, tokens):
+        clock, lengths = 0.0, Counter()
+        while tokens > 0:
+            K = chooser.choose()
+            n = next((k for k in range(K) if draws.random() > overlap), K)
+            chooser.observe(K, [n], seconds[K])
+            clock, tokens, lengths[K] = clock + seconds[K], tokens - n - 1, lengths[K] + 1
+        return clock, lengths
+
+    clock, lengths = serve(0.0, 3000)
+    assert clock < 3000 / 0.97 and lengths[0] > 0.9 * sum(lengths.values())
+    serve(0.8, 3000)
+    clock, lengths = serve(0.8, 3000)
+    best = max((1 - 0.8 ** (K + 1)) / 0.2 / t for K, t in enumerate(seconds))
+    assert 3000 / clock > 0.97 * best, (clock, lengths)
 
 
 def test_a_trace_holds_the_targets_rows_and_features(K=3):
@@ -558,13 +630,13 @@ def test_the_learner_learns_from_the_right_rows(estimator, K=3):
     pairs = [rows(ids[: s + 2], x) for s, x in zip(trace.starts.tolist(), trace.draft_tokens.tolist())]
     q, p = (torch.stack(side) for side in zip(*pairs))
     expected = rl.policy_gradient_loss(q, p, trace.draft_tokens, 1.0, estimator, trace.behaviour_logprobs)
-    torch.testing.assert_close(rl.Learner(draft, estimator, 1e-3, 0.0).loss(trace), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(rl.Learner(draft, estimator, 1e-3, 0.0).loss(trace)[0], expected, atol=1e-6, rtol=1e-6)
 
     places = [n for n in range(trace.prompt_length, len(ids) - K + 1)]
     q, p = (torch.stack(side) for side in zip(*(rows(ids[:n], ids[n : n + K]) for n in places)))
     drafted, target_rows, tokens = rl.replay_answer(draft, trace, K)
     whole_loss = rl.target_side_loss(drafted, target_rows, tokens, 1.0, log=estimator == "log")
-    torch.testing.assert_close(rl.Learner(draft, estimator, 1e-3, 1.0).loss(trace), whole_loss)
+    torch.testing.assert_close(rl.Learner(draft, estimator, 1e-3, 1.0, chain=K).loss(trace)[0], whole_loss)
     whole = (tokens >= 0).all(-1)
     assert whole.sum() == len(places) and tokens[whole].tolist() == [ids[n : n + K] for n in places]
     expected = rl.target_side_loss(q, p, tokens[whole], 1.0, log=estimator == "log")
@@ -653,8 +725,9 @@ def files(tmp_path_factory):
 
 
 def run(files, *more):
+    fixed = [] if "--num-speculative-tokens" in more else ["--num-speculative-tokens", "4"]  # the same rounds every time
     aurora.main(["--target", f"{files}/target.pt", "--static", f"{files}/draft.pt", "--prompts", f"{files}/prompts.jsonl",
-                 "--max-new-tokens", "12", *more])
+                 "--max-new-tokens", "12", *fixed, *more])
 
 
 def test_compare_reports_all_arms_and_logs_every_request(files, tmp_path, capsys):
@@ -666,7 +739,7 @@ def test_compare_reports_all_arms_and_logs_every_request(files, tmp_path, capsys
         for arm, s in arms.items():
             assert set(s) == {"requests", "tokens", "serve_seconds", "learn_seconds", "tokens_per_second",
                               "tokens_per_second_with_learning", "mean_acceptance_length", "acceptance_per_position",
-                              "latency_p50", "latency_p95"}
+                              "drafted_per_round", "latency_p50", "latency_p95"}
             assert s["requests"] == 3 and s["tokens"] == 36 and (s["learn_seconds"] > 0) == (arm == "online")
             assert abs(s["mean_acceptance_length"] - 1 - sum(s["acceptance_per_position"])) < 1e-9
     lines = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
@@ -692,7 +765,7 @@ def test_what_is_published_is_what_serves(files, monkeypatch):
     assert torch.equal(served[2], learned[1]) and torch.equal(served[3], learned[1]) and torch.equal(served[4], learned[3])
 
 
-@pytest.mark.parametrize("extra", [["--dtype", "bfloat16"], ["--temperature", "0"], ["--num-speculative-tokens", "1"], ["--estimator", "reinforce", "--target-side", "0"]])
+@pytest.mark.parametrize("extra", [["--dtype", "bfloat16"], ["--temperature", "0"], ["--num-speculative-tokens", "1"], ["--num-speculative-tokens", "auto"], ["--estimator", "reinforce", "--target-side", "0"]])
 def test_other_settings_run(files, capsys, extra):
     run(files, *extra)
     assert "online" in capsys.readouterr().out
