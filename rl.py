@@ -38,6 +38,7 @@ import torch
 from model import UserError
 
 ESTIMATORS = ("reinforce", "expected", "log")
+FULL_SIGNAL = 1 / 6  # cosine from which on the learner takes whole steps
 
 
 def _log_distributions(draft_logits, target_logits, temperature):
@@ -170,16 +171,17 @@ def replay_rounds(draft, trace):
     return draft.replay(trace.features[None], trace.ids[None, 1:], trace.starts[None], chains[None])[0]
 
 
-def replay_answer(draft, trace, K):
-    """As if a round had started at every answer token and the target's own tokens had been drafted.
+def replay_answer(draft, trace, K, places=None):
+    """As if a round had started at every answer token, or at `places` (R,) of the answer, and the target's own tokens had
+    been drafted.
 
     Returns draft logits (R, K, V) with gradient, target logits (R, K, V), tokens (R, K), -1 past the end."""
     rows, answer = trace.answer_logits(), trace.ids[trace.prompt_length :]
-    R = len(answer)
-    place = torch.arange(R, device=answer.device)[:, None] + torch.arange(K, device=answer.device)  # (R, K)
-    beyond, place = place >= R, place.clamp(max=R - 1)
+    places = torch.arange(len(answer), device=answer.device) if places is None else places
+    place = places[:, None] + torch.arange(K, device=answer.device)  # (R, K)
+    beyond, place = place >= len(answer), place.clamp(max=len(answer) - 1)
     tokens = answer[place]
-    starts = torch.arange(R, device=answer.device) + trace.prompt_length - 2
+    starts = places + trace.prompt_length - 2
     logits = draft.replay(trace.features[None], trace.ids[None, 1:], starts[None], tokens[None, :, :-1])[0]
     return logits, rows[place], tokens.masked_fill(beyond, -1)
 
@@ -213,31 +215,42 @@ class Learner:
 
     target_side in 0..1 is the share of the loss that comes from the target's own tokens, in chains of `chain`; the rest
     comes from the draft's.  An update is `steps` optimizer steps, each on two traces: first the new one and one of the
-    last `buffer_size`, then two of these.  `acceptance` is its estimate, place by place, for the draft as it learned."""
+    last `buffer_size`, then two of these.  `acceptance` is its estimate, place by place, for the draft as it learned.
 
-    def __init__(self, draft, estimator, lr, target_side, steps=1, chain=4, buffer_size=32, seed=0):
+    The rate follows the signal: the cosine between a new request's gradient, which no step has seen, and the direction
+    in which the last steps went (Muon's momentum).  Near 1, requests agree on what is to be learned: a random draft.
+    Near 0, what they ask for is their own noise: a converged draft, which a high rate would only shake.  Below 0, the
+    last steps went too far.  (The same product is the gradient of the loss in the rate: Baydin et al. 2018.)  `lowest`
+    is the share of the rate that is used in any case: 1 for a random draft, whose large steps overshoot and teach all
+    the same."""
+
+    def __init__(self, draft, estimator, lr, target_side, steps=1, chain=4, lowest=0.0, buffer_size=32, seed=0):
         self.draft, self.estimator, self.target_side, self.steps, self.chain = draft, estimator, target_side, steps, chain
         self.optimizers = optimizers(draft, lr)
+        self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]  # the highest; reached at signal FULL_SIGNAL
+        self.lowest, self.signal, self.measured = lowest, 0.1, 0  # share of the rates; running mean, over so many requests
         self.buffer = deque(maxlen=buffer_size)  # recent traces
         self.updates, self.version, self.published = 0, 0, 0  # traces learned from; newest version; how many it has
         self.generator = torch.Generator().manual_seed(seed)
         self.acceptance = []
 
     def loss(self, trace):
-        """-> the loss, with gradient, and the acceptance at each place of the chain (K,)."""
-        T, loss, learned = trace.temperature, 0.0, []
-        drafted = trace.drafted()
-        target_side = self.target_side if drafted.any() else 1.0  # plain decoding teaches too
-        if target_side < 1:  # from the draft's tokens, kept and rejected
+        """-> the loss, with gradient, and the acceptance at each place of the chain (K,).
+
+        A round that drafted teaches by its own tokens, one of plain decoding by the target's that followed."""
+        T, drafted, parts = trace.temperature, trace.drafted(), []
+        draft_side = (1 - self.target_side) * drafted.float().mean().item()
+        if draft_side > 0:
             rounds = replay_rounds(self.draft, trace)[drafted], trace.target_logits[drafted, :-1], trace.draft_tokens[drafted]
             behaviour = trace.behaviour_logprobs[drafted]
-            loss = (1 - target_side) * policy_gradient_loss(*rounds, T, self.estimator, behaviour)
-            learned = acceptance(*rounds, T, behaviour)
-        if target_side > 0:  # from the target's
-            answer = replay_answer(self.draft, trace, self.chain)
-            loss = loss + target_side * target_side_loss(*answer, T, log=self.estimator == "log")
-            learned = acceptance(*answer, T)
-        return loss, learned
+            loss = policy_gradient_loss(*rounds, T, self.estimator, behaviour)
+            parts.append((draft_side, loss, acceptance(*rounds, T, behaviour)))
+        if draft_side < 1:
+            places = None if self.target_side > 0 else trace.starts[~drafted] + 2 - trace.prompt_length
+            answer = replay_answer(self.draft, trace, self.chain, places)
+            loss = target_side_loss(*answer, T, log=self.estimator == "log")
+            parts.append((1 - draft_side, loss, acceptance(*answer, T)))
+        return sum(share * loss for share, loss, _ in parts), max(parts, key=lambda part: part[0])[2]
 
     def update(self, trace):
         """Learns from one more trace -> {"loss": its own, "learn_seconds"}.
@@ -255,17 +268,28 @@ class Learner:
                     loss, learned = self.loss(example)
                     (loss / len(batch)).backward()
                 losses.append(loss.item())
-                if example is trace:
+                if example is trace and step == 0:  # it stands first: these are its gradients alone
                     self.acceptance = learned.tolist()
+                    self.measure_signal()
             norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
             if not norm.isfinite():
                 raise UserError(f"learning diverged at update {self.updates}: the gradient is not finite; lower --lr")
-            for optimizer in self.optimizers:
+            for optimizer, rate in zip(self.optimizers, self.rates):
+                optimizer.param_groups[0]["lr"] = rate * min(1.0, max(self.lowest, self.signal / FULL_SIGNAL))
                 optimizer.step()
                 optimizer.zero_grad()
         if not all(p.abs().max() < 1e6 for p in self.draft.parameters()):  # far from any weight of use; NaN is not less
             raise UserError(f"learning diverged at update {self.updates}: the weights are past a million; lower --lr")
         return {"loss": losses[0], "learn_seconds": time.perf_counter() - begun}
+
+    def measure_signal(self):
+        muon, _ = self.optimizers
+        pairs = [(p.grad, muon.state[p]["momentum_buffer"]) for p in muon.param_groups[0]["params"] if p in muon.state]
+        gradient, direction = (torch.cat([x.flatten() for x in side]) for side in zip(*pairs)) if pairs else (torch.zeros(1),) * 2
+        if direction.any() and gradient.isfinite().all():
+            self.measured += 1
+            cosine = torch.cosine_similarity(gradient, direction, dim=0).item()
+            self.signal += max(0.1, 1 / (1 + self.measured)) * (cosine - self.signal)
 
     def publish(self):
         """The weights that serve from now on; a new version if they have changed since the last."""
@@ -275,14 +299,12 @@ class Learner:
 
     def state(self):
         """What a resumed learner needs besides the draft's weights.  No trace: those are users' text."""
-        return {"optimizers": [o.state_dict() for o in self.optimizers], "updates": self.updates, "version": self.version}
+        return {"optimizers": [o.state_dict() for o in self.optimizers], "updates": self.updates, "version": self.version,
+                "signal": self.signal, "measured": self.measured}
 
     def restore(self, state):
         if state:
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                (group,) = optimizer.param_groups
-                lr = group["lr"]  # this run's rate, not the saved one
                 optimizer.load_state_dict(saved)
-                optimizer.param_groups[0]["lr"] = lr
             self.updates = self.published = state["updates"]
-            self.version = state["version"]
+            self.version, self.signal, self.measured = state["version"], state["signal"], state["measured"]

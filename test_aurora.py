@@ -644,6 +644,52 @@ def test_the_learner_learns_from_the_right_rows(estimator, K=3):
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
 
 
+def test_plain_rounds_teach_by_what_followed_them():
+    """Rounds that drafted and rounds that did not, in one trace: each counts once, the former by the draft's tokens,
+    the latter by the target's."""
+    target = tiny_target(dtype=torch.float64)
+    draft = tiny_draft(target)
+    run = Generation(target, draft, [request(new=30)], 3)
+    list(aurora.rounds(run, Changing(2, 0, 3, 0, 0, 1)))
+    trace, K, learner = run.trace(0), 4, rl.Learner(draft, "log", 1e-3, 0.0, chain=4)
+    logits, rows, tokens = rl.replay_answer(draft, trace, K)
+    total = 0.0
+    for r, start in enumerate(trace.starts.tolist()):
+        if trace.draft_tokens[r, 0] < 0:
+            at = start + 2 - trace.prompt_length
+            total += rl.target_side_loss(logits[at, None], rows[at, None], tokens[at, None], log=True)
+        else:
+            own = slice(r, r + 1)
+            total += rl.policy_gradient_loss(rl.replay_rounds(draft, trace)[own], trace.target_logits[own, :-1], trace.draft_tokens[own],
+                                             1.0, "log", trace.behaviour_logprobs[own])
+    torch.testing.assert_close(learner.loss(trace)[0], total / len(trace.starts), atol=1e-6, rtol=1e-6)
+
+
+def test_the_rate_follows_the_signal():
+    """Gradients along the last steps' direction raise it to 1, opposed ones to -1, where nothing moves any more; a
+    resumed learner goes on with it."""
+    target = tiny_target()
+    learner = rl.Learner(tiny_draft(target), "log", 1e-2, 0.5)
+    trace, _ = generate(target, learner.draft, request(), 3)
+    learner.update(trace)
+    muon = learner.optimizers[0]
+    for sign, bound in ((1.0, 0.99), (-2.0, -0.99)):
+        for p in muon.param_groups[0]["params"]:
+            p.grad = sign * muon.state[p]["momentum_buffer"]
+        for _ in range(80):
+            learner.measure_signal()
+        assert sign * learner.signal > sign * bound
+    muon.zero_grad()
+    resumed = rl.Learner(learner.draft, "log", 1e-2, 0.5)
+    resumed.restore(learner.state())
+    before = [p.clone() for p in learner.draft.parameters()]
+    resumed.update(trace)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.draft.parameters()))
+    resumed.signal = 1.0
+    resumed.update(trace)
+    assert any(not torch.equal(a, b) for a, b in zip(before, learner.draft.parameters()))
+
+
 def test_divergence_is_reported_and_the_draft_kept():
     target = tiny_target()
     learner = rl.Learner(tiny_draft(target), "log", 1e-3, 0.5)
@@ -696,7 +742,7 @@ def test_serving_teaches_the_draft(estimator, temperature, target_side, growth):
             layer.mlp.down_proj.weight.mul_(0.1)
     held = [generate(target, None, request(seed=1000 + i, new=48, temperature=temperature), 0)[0] for i in range(8)]
     draft = Draft(target)
-    learner = rl.Learner(draft, estimator, 1e-2, target_side)
+    learner = rl.Learner(draft, estimator, 0.05, target_side)
 
     def accepted():  # expected accepted tokens a round, over every place of the held-out answers
         with torch.no_grad():
