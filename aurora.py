@@ -3,6 +3,7 @@
     python aurora.py                                the demo: three kinds of traffic, a draft that starts from nothing
     python aurora.py --draft static --compare       plain, static and online, side by side on the same requests
     python aurora.py --prompt "def main():"         one answer, drafted tokens coloured
+    python aurora.py --target DIR --draft ngram     a Hugging Face checkpoint, and a draft that needs no model
 
 For every request: draft K tokens, verify them with the target, commit what it accepts and one token of its own;
 when the answer is complete, its trace is the draft's next lesson, and the next request is served by what it learned.
@@ -21,6 +22,7 @@ import copy
 import importlib.util
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -31,11 +33,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from draft import Draft, load_draft
+from draft import Draft, NGram, load_draft
 from model import UserError, load_target, save
 from pretrain import CLASSES, traffic
 from rl import ESTIMATORS, Learner, Trace
-from verify import NoDistribution, accept, kernel
+from verify import NoDistribution, Sampling, accept, kernel
 
 HERE = Path(__file__).parent
 ARMS = ("plain", "static", "online")
@@ -52,6 +54,8 @@ class Request:
     seed: int
     temperature: float
     kind: str = "prompts"  # class of traffic
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps all
 
 
 class Generation:
@@ -66,7 +70,9 @@ class Generation:
         self.target, self.draft, self.requests, self.K = target, draft, requests, K
         self.device = device = target.lm_head.weight.device
         self.generators = [torch.Generator().manual_seed(r.seed) for r in requests]
-        self.temperature = torch.tensor([r.temperature for r in requests], dtype=torch.float64, device=device)
+        column = lambda name, dtype: torch.tensor([getattr(r, name) for r in requests], dtype=dtype, device=device)
+        self.sampling = Sampling(*(column(*c) for c in (("temperature", torch.float64), ("top_p", torch.float64), ("top_k", torch.int64))))
+        self.stops = torch.tensor(target.config.eos_token_ids, dtype=torch.int64, device=device)
         self.length = torch.tensor([len(r.prompt) for r in requests], device=device)
         self.end = self.length + torch.tensor([r.max_new_tokens for r in requests], device=device)
         self.committed = [list(r.prompt) for r in requests]
@@ -97,19 +103,24 @@ class Generation:
         # Draft.
         draft_tokens, draft_logits = torch.empty(len(self.requests), 0, dtype=torch.int64, device=self.device), None
         if K:
-            draft_tokens, draft_logits = self.draft.propose(*self.fresh, uniforms[:, :K], self.temperature, self.draft_cache)
+            draft_tokens, draft_logits = self.draft.propose(*self.fresh, uniforms[:, :K], self.sampling, self.draft_cache)
 
         # Verify: the last committed token and the drafted ones, at positions length-1 .. length-1+K.
-        block = torch.cat([self.last_token, draft_tokens], dim=1)  # (B, K+1)
+        block = torch.cat([self.last_token, draft_tokens.clamp(min=0)], dim=1)  # (B, K+1)
         positions = (self.length - 1)[:, None] + torch.arange(K + 1, device=self.device)
         hidden, features = self.target(block, positions, self.target_cache)
-        target_logits = self.target.logits(hidden)  # (B, K+1, V)
-        num_accepted, next_token = accept(target_logits, draft_logits, draft_tokens, uniforms[:, K:], self.temperature)
+        target_logits = self.sampling.filter(self.target.logits(hidden))  # (B, K+1, V)
+        num_accepted, next_token = accept(target_logits, draft_logits, draft_tokens, uniforms[:, K:], self.sampling.temperature)
+        behaviour = self.sampling.logprobs(draft_logits, draft_tokens)  # (B, K)
 
         # Commit: nothing is undone, the next round goes on from `length` and writes over what was rejected.
         num_accepted = num_accepted * active  # a finished row stands still
         self.last_token = next_token[:, None]
         following = torch.cat([draft_tokens, self.last_token], 1).scatter(1, num_accepted[:, None], self.last_token)
+        if len(self.stops):  # the answer ends with the first stop token, drafted or not
+            stop = torch.isin(following, self.stops) & (positions - positions[:, :1] <= num_accepted[:, None]) & active[:, None]
+            num_accepted = torch.where(stop.any(1), stop.int().argmax(1), num_accepted)
+            self.end = torch.where(stop.any(1), self.length + num_accepted + 1, self.end)
         self.fresh = features, following, positions, num_accepted
         self.length = self.length + (num_accepted + 1) * active
         output = []
@@ -117,24 +128,18 @@ class Generation:
             output.append((kept[:n], kept[n]) if is_active else None)
             if is_active:
                 self.committed[b] += kept[: n + 1]
-                logits = draft_logits[b] if K else None
-                self.rounds[b].append((start[b], draft_tokens[b], logits, target_logits[b], features[b, : n + 1], n))
+                self.rounds[b].append((start[b], draft_tokens[b], behaviour[b], hidden[b], features[b, : n + 1], n))
         return output
 
     def trace(self, b, version=0):
         request, rounds = self.requests[b], self.rounds[b]
-        starts, draft_tokens, draft_logits, target_logits, features, accepted = zip(*rounds)
-        draft_tokens = torch.stack(draft_tokens)  # (R, K)
-        behaviour = torch.zeros(draft_tokens.shape, device=self.device)  # greedy proposals are certain
-        if self.K and request.temperature > 0:
-            log_q = (torch.stack(draft_logits).float() / request.temperature).log_softmax(-1)
-            behaviour = log_q.gather(-1, draft_tokens[..., None]).squeeze(-1)
+        starts, draft_tokens, behaviour, hidden, features, accepted = zip(*rounds)
         return Trace(
             ids=torch.tensor(self.committed[b], device=self.device), prompt_length=len(request.prompt),
             features=torch.cat([self.prompt_features[b], *features]),
-            starts=torch.stack(starts), draft_tokens=draft_tokens, behaviour_logprobs=behaviour,
-            target_logits=torch.stack(target_logits), num_accepted=torch.tensor(accepted),
-            temperature=request.temperature, version=version)
+            starts=torch.stack(starts), draft_tokens=torch.stack(draft_tokens), behaviour_logprobs=torch.stack(behaviour),
+            target_hidden=torch.stack(hidden), head=self.target.logits, num_accepted=torch.tensor(accepted),
+            temperature=request.temperature, version=version, top_p=request.top_p, top_k=request.top_k)
 
 
 def generate(target, draft, request, K, version=0):
@@ -199,7 +204,7 @@ class Journal:
         histogram = torch.bincount(trace.num_accepted, minlength=K + 1).tolist()  # rounds that kept 0, 1, .. K
         line = {"arm": arm, "class": request.kind, "seed": request.seed, "draft_version": trace.version,
                 "tokens": min(len(trace.ids) - trace.prompt_length, request.max_new_tokens), "rounds": R,
-                "accepted": int(trace.num_accepted.sum()), "drafted": R * K, "acceptance_histogram": histogram,
+                "accepted": int(trace.num_accepted.sum()), "drafted": int((trace.draft_tokens >= 0).sum()), "acceptance_histogram": histogram,
                 "mean_acceptance_length": 1 + int(trace.num_accepted.sum()) / R,
                 "serve_seconds": seconds, "learn_seconds": learn_seconds, "update_loss": loss}
         self.records.append(line)
@@ -321,9 +326,10 @@ class Parser(argparse.ArgumentParser):
 def arguments(argv):
     parser = Parser(prog="aurora.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("models")
-    group.add_argument("--target", default=str(HERE / "weights/target.pt"), metavar="FILE")
-    group.add_argument("--draft", default="scratch", metavar="scratch|static|FILE|DIR", help="where the online draft starts; DIR resumes what --save kept")
-    group.add_argument("--static", default=str(HERE / "weights/draft.pt"), metavar="FILE", help="the draft that never learns")
+    group.add_argument("--target", default=str(HERE / "weights/target.pt"), metavar="FILE|DIR|NAME", help="of this project, a Hugging Face directory, or a name on its hub")
+    group.add_argument("--draft", default="scratch", metavar="scratch|static|ngram|FILE|DIR|NAME", help="where the online draft starts: DIR resumes what --save kept, or is an EAGLE-3 head or a small language model; ngram looks up the prompt")
+    group.add_argument("--static", default=str(HERE / "weights/draft.pt"), metavar="ngram|FILE|DIR|NAME", help="the draft that never learns")
+    group.add_argument("--draft-vocab", type=int, default=0, metavar="N", help="ids that a scratch draft can say: the lowest and the end tokens; 0 is all")
     group = parser.add_argument_group("traffic")
     group.add_argument("--traffic", default=",".join(CLASSES), help="classes, served one after the other")
     group.add_argument("--requests", type=int, default=12, help="per class")
@@ -334,6 +340,8 @@ def arguments(argv):
     group = parser.add_argument_group("decoding")
     group.add_argument("--num-speculative-tokens", type=int, default=4, metavar="K", help="drafted tokens a round")
     group.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    group.add_argument("--top-p", type=float, default=1.0, help="1 is off")
+    group.add_argument("--top-k", type=int, default=0, help="0 is off")
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("learning")
     group.add_argument("--estimator", choices=ESTIMATORS, default="log")
@@ -348,6 +356,7 @@ def arguments(argv):
     group.add_argument("--log", metavar="FILE.jsonl")
     group.add_argument("--plot", metavar="FILE.png", help="acceptance length over requests (needs matplotlib)")
     group.add_argument("--save", metavar="DIR", help="keep the learned drafts and the learner's state")
+    group.add_argument("--export", metavar="DIR", help="write the learned draft as SGLang, vLLM and transformers read it")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="cpu")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -355,11 +364,16 @@ def arguments(argv):
     args = parser.parse_args(argv)
     lr, steps = (0.05, 3) if args.draft == "scratch" else (0.005, 1)  # a random draft has nothing to lose
     args = argparse.Namespace(**{"lr": lr, "steps": steps} | vars(args))
-    for name, low in (("requests", 1), ("max_new_tokens", 1), ("num_speculative_tokens", 1), ("steps", 1), ("publish_every", 1), ("threads", 0)):
+    for name, low in (("requests", 1), ("max_new_tokens", 1), ("num_speculative_tokens", 1), ("steps", 1), ("publish_every", 1), ("threads", 0), ("top_k", 0), ("draft_vocab", 0)):
         if getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
     if args.temperature and not 0.01 <= args.temperature < float("inf"):
         parser.error(f"--temperature must be 0 (greedy) or at least 0.01, got {args.temperature}")
+    if not 0 < args.top_p <= 1:
+        parser.error(f"--top-p must lie in 0..1 and not be 0, got {args.top_p}")
+    if args.draft == "ngram" and (args.save or args.export):
+        parser.error("--draft ngram has no weights: nothing to --save or --export")
+    args.no_learn = args.no_learn or args.draft == "ngram"
     if not 0 < args.lr < float("inf"):
         parser.error(f"--lr must be positive, got {args.lr}")
     if not 0 <= args.target_side <= 1:
@@ -375,8 +389,8 @@ def check_outputs(args, parser):
     files = [path for path in (args.report, args.log, args.plot) if path is not None]
     if len({Path(path).absolute() for path in files}) < len(files):
         parser.error("--report, --log and --plot must be different files")
-    if args.prompt is not None and (files or args.save or args.compare):
-        parser.error("--prompt only answers: it goes with none of --report, --log, --plot, --save, --compare")
+    if args.prompt is not None and (files or args.save or args.export or args.compare):
+        parser.error("--prompt only answers: it goes with none of --report, --log, --plot, --save, --export, --compare")
     for path in files:
         if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
             parser.error(f"cannot write {path}: it is a directory, or the one it should stand in does not exist or is locked")
@@ -389,6 +403,8 @@ def check_outputs(args, parser):
             Path(args.save).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             parser.error(f"cannot save in {args.save}: {error.strerror}")
+    if args.export is not None and (not args.export or Path(args.export).exists()):
+        parser.error(f"--export needs a directory that is not there yet, got {args.export!r}")
     if args.plot:
         if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
             parser.error(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")
@@ -396,17 +412,21 @@ def check_outputs(args, parser):
             parser.error("--plot needs matplotlib: pip install -r requirements-plot.txt")
 
 
-def encode(text, config):
-    """Bytes after the begin token: the embedded target needs no tokenizer."""
-    if (config.vocab_size, config.bos_token_id) != (257, 256):
-        raise UserError(f"this target is not byte-level: its vocabulary is {config.vocab_size} and its begin token "
-                        f"{config.bos_token_id}, expected 257 and 256")
-    if not text:
-        raise UserError("the prompt is empty: give at least one character")
-    try:
-        return [config.bos_token_id, *text.encode()]
-    except UnicodeEncodeError:
-        raise UserError("the prompt is not valid Unicode text") from None
+class Bytes:
+    """The embedded target needs no tokenizer: bytes after the begin token."""
+
+    def __init__(self, config):
+        if (config.vocab_size, config.bos_token_id) != (257, 256):
+            raise UserError(f"this target is not byte-level: its vocabulary is {config.vocab_size} and its begin token "
+                            f"{config.bos_token_id}, expected 257 and 256")
+
+    def encode(self, text):
+        return [256, *text.encode()]
+
+    def stream(self):
+        """-> put(token) -> text, and end() -> what is left of it."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return (lambda token: decoder.decode(bytes([token]))), (lambda: decoder.decode(b"", final=True))
 
 
 def read_prompts(path):
@@ -443,13 +463,27 @@ def built_in_prompts(args):
     return pairs
 
 
-def make_requests(pairs, args, config):
-    requests = [Request(encode(text, config), args.max_new_tokens, args.seed * 1_000_003 + i, args.temperature, kind)
+def encode(text, tokenizer):
+    """-> token ids, at least two, so that there is something that the target has read and a token that follows it."""
+    if not text:
+        raise UserError("the prompt is empty: give at least one character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not valid Unicode text") from None
+    ids = tokenizer.encode(text)
+    if len(ids) < 2:
+        raise UserError(f"the prompt {text!r} is only {len(ids)} token: give at least two")
+    return ids
+
+
+def make_requests(pairs, args, tokenizer, context):
+    requests = [Request(encode(text, tokenizer), args.max_new_tokens, args.seed * 1_000_003 + i, args.temperature, kind, args.top_p, args.top_k)
                 for i, (kind, text) in enumerate(pairs)]
-    room = config.max_position_embeddings - args.max_new_tokens - 2 * args.num_speculative_tokens - 1
+    room = context - args.max_new_tokens - 2 * args.num_speculative_tokens - 1
     for r in requests:
         if len(r.prompt) > room:
-            raise UserError(f"a prompt of {len(r.prompt)} tokens does not fit: the context of {config.max_position_embeddings} "
+            raise UserError(f"a prompt of {len(r.prompt)} tokens does not fit: the context of {context} "
                             f"leaves {max(0, room)} beside --max-new-tokens {args.max_new_tokens} and --num-speculative-tokens {args.num_speculative_tokens}")
     return requests
 
@@ -464,27 +498,61 @@ def load_models(args):
     except (ValueError, RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         raise UserError(f"the acceptance kernel: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     torch.manual_seed(args.seed)  # a scratch draft's weights
-    target, _ = load_target(args.target)
+    dtype = getattr(torch, args.dtype)
+    if is_ours(args.target):
+        target, _ = load_target(args.target)
+        tokenizer = Bytes(target.config)
+    else:
+        import checkpoint
+
+        target, tokenizer = checkpoint.load_target(args.target, dtype)
+    target = target.to(args.device, dtype).eval()
     small = sum(p.numel() for p in target.parameters()) < 50e6  # a second thread gains it nothing
     if args.threads or small:
         torch.set_num_threads(args.threads or 1)
-    state = {}
-    if args.draft == "scratch":
-        draft = Draft(target)
-    elif Path(args.draft).is_dir():
-        draft, state = load_learner(Path(args.draft), target)
-    else:
-        draft, _ = load_draft(args.static if args.draft == "static" else args.draft, target)
-    static = load_draft(args.static, target)[0] if args.compare else None
-    dtype = getattr(torch, args.dtype)
-    target = target.to(args.device, dtype).eval()
-    return target, draft.to(args.device), static.to(args.device) if static else None, state
+    draft, state = find_draft(args.static if args.draft == "static" else args.draft, target, args.draft_vocab)
+    static = find_draft(args.static, target)[0].to(args.device) if args.compare else None
+    asked = {d.feature_layers for d in (draft, static) if d and d.feature_layers is not None}
+    if len(asked) > 1:
+        raise UserError("--draft and --static must be of one kind: a head reads what the target thinks, a small model does not")
+    target.feature_layers = asked.pop() if asked else ()
+    return target, tokenizer, draft.to(args.device), static, state
+
+
+def is_ours(name):
+    """A file that this project wrote, or that is missing; all else is a directory, or a name on the hub."""
+    return Path(name).is_file() or not Path(name).is_dir() and (name.endswith(".pt") or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name))
+
+
+def find_draft(name, target, vocabulary=0):
+    """-> a draft for the target, and the state of the learner that was kept with it, if any."""
+    if name == "scratch":
+        return Draft(target, vocabulary=lowest_ids(target.config, vocabulary) if vocabulary else None), {}
+    if name == "ngram":
+        return NGram(target.config), {}
+    if is_ours(name):
+        return load_draft(name, target)[0], {}
+    if Path(name).is_dir() and not Path(name, "config.json").exists():
+        return load_learner(Path(name), target)
+    import checkpoint
+
+    return checkpoint.load_draft(name, target), {}
+
+
+def lowest_ids(config, N):
+    """N ids, the end tokens among them, ascending: a byte-pair vocabulary is numbered in the order of its merges, so low
+    ids are the common ones."""
+    allowed = [i for i in range(config.vocab_size) if i not in set(config.suppress_tokens)]
+    if N > len(allowed):
+        raise UserError(f"--draft-vocab {N}: the target says only {len(allowed)} ids")
+    first = dict.fromkeys([*config.eos_token_ids, *allowed])
+    return torch.tensor(sorted(list(first)[:N]))
 
 
 def save_learner(directory, served, learner):
     """v000123/draft.pt, the learner's state beside it, then `latest`: what `latest` names is always whole."""
     name = f"v{learner.version:06d}"
-    save(Path(directory) / name / "draft.pt", served.config, served.state_dict(), {"version": learner.version})
+    save(Path(directory) / name / "draft.pt", served.config, served.state_dict(), {"version": learner.version, "kind": served.kind})
     torch.save(learner.state(), f"{directory}/learner.new")
     Path(f"{directory}/learner.new").replace(f"{directory}/{name}.learner.pt")
     Path(f"{directory}/latest.new").write_text(name + "\n")
@@ -508,31 +576,34 @@ def load_learner(directory, target):
         raise UserError(f"{beside} cannot be read ({type(error).__name__})") from None
 
 
-def stream(target, draft, request, args):
+def stream(target, tokenizer, draft, request, args):
     """Prints the answer as it comes: drafted tokens in one colour, the target's own in another."""
     colours = ("\033[32m", "\033[33m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    put, end = tokenizer.stream()
     begun, left = time.perf_counter(), request.max_new_tokens
     generation = Generation(target, draft, [request], args.num_speculative_tokens)
     while not generation.done:
         ((kept, own),) = generation.round()
         for token, colour in [(t, colours[0]) for t in kept] + [(own, colours[1])]:
             if left > 0:
-                print(colour + decoder.decode(bytes([token])), end=colours[2], flush=True)
+                print(colour + put(token), end=colours[2], flush=True)
                 left -= 1
-    print(decoder.decode(b"", final=True), end="")
+    print(end(), end="")
     seconds, trace = time.perf_counter() - begun, generation.trace(0)
-    print(f"\n\n{request.max_new_tokens} tokens in {seconds:.2f} s, {len(trace.starts)} rounds, "
+    print(f"\n\n{request.max_new_tokens - left} tokens in {seconds:.2f} s, {len(trace.starts)} rounds, "
           f"acceptance length {1 + trace.num_accepted.float().mean():.2f}", file=sys.stderr)
 
 
 def facts(target, draft, args, requests):
     count = lambda model: sum(p.numel() for p in model.parameters())
     weights = count(target) * target.lm_head.weight.element_size()
-    c = target.config
+    c, layers = target.config, draft.config.num_hidden_layers
+    size = f"{count(draft) / 1e6:.1f}M parameters in {'one layer' if layers == 1 else f'{layers} layers'}" if count(draft) else "prompt lookup"
+    said = f", {len(draft.vocabulary)} of {c.vocab_size} ids" if draft.vocabulary is not None else ""
+    law = f"temperature {args.temperature}" + (f", top-p {args.top_p}" if args.top_p < 1 else "") + (f", top-k {args.top_k}" if args.top_k else "")
     print(f"target   {args.target}: {count(target) / 1e6:.1f}M parameters, {c.num_hidden_layers} layers of {c.hidden_size}, "
           f"{args.dtype}, {weights / 1e6:.0f} MB of weights a forward, {args.device}, {torch.get_num_threads()} threads\n"
-          f"draft    {args.draft}: {count(draft) / 1e6:.1f}M parameters in one layer, K = {args.num_speculative_tokens}, temperature {args.temperature}\n"
+          f"draft    {args.draft}: {size}{said}, K = {args.num_speculative_tokens}, {law}\n"
           f"verify   {'kernels.cu' if kernel(torch.device(args.device).type) else 'the torch reference'}\n"
           f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, {args.steps} steps a request, a version every {args.publish_every}'}\n"
           f"traffic  {', '.join(dict.fromkeys(r.kind for r in requests))}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
@@ -541,13 +612,15 @@ def facts(target, draft, args, requests):
 def main(argv=None):
     args = arguments(argv)
     pairs = [("prompt", args.prompt)] if args.prompt is not None else read_prompts(args.prompts) if args.prompts is not None else None
-    target, draft, static, state = load_models(args)
-    requests = make_requests(pairs or built_in_prompts(args), args, target.config)
+    target, tokenizer, draft, static, state = load_models(args)
+    context = min(m.config.max_position_embeddings for m in (target, draft, static) if m)
+    requests = make_requests(pairs or built_in_prompts(args), args, tokenizer, context)
     if args.prompt is not None:
-        return stream(target, draft, requests[0], args)
+        return stream(target, tokenizer, draft, requests[0], args)
     learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, seed=args.seed)
     learner.restore(state)
-    served = copy.deepcopy(draft)
+    frozen = getattr(draft, "embed_tokens", None)
+    served = copy.deepcopy(draft, {id(frozen): frozen})  # the embedding is the target's own
     facts(target, draft, args, requests)
     journal, trouble = Journal(args, len(requests)), None
     try:
@@ -562,6 +635,10 @@ def main(argv=None):
         if not trouble:  # else what served last
             served.load_state_dict(learner.publish())
         save_learner(args.save, served, learner)
+    if args.export:
+        import checkpoint
+
+        print(checkpoint.export_draft(served, args.export, args.draft, args.num_speculative_tokens))
     if args.report:
         config = vars(args) | {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
         Path(args.report).write_text(json.dumps({"config": config, "classes": journal.report()}, indent=1) + "\n")

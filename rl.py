@@ -35,6 +35,7 @@ from dataclasses import dataclass
 import torch
 
 from model import UserError
+from verify import keep_top
 
 ESTIMATORS = ("reinforce", "expected", "log")
 
@@ -139,14 +140,72 @@ class Trace:
     starts: torch.Tensor  # (R,) position of each round's step 0
     draft_tokens: torch.Tensor  # (R, K)
     behaviour_logprobs: torch.Tensor  # (R, K) log draft_q(token) when it was drafted
-    target_logits: torch.Tensor  # (R, K+1, V), rows after a rejection too
+    target_hidden: torch.Tensor  # (R, K+1, D) after the target's norm, rows after a rejection too: D numbers a row, not V
+    head: object  # the target's frozen head: (..., D) -> (..., V) logits
     num_accepted: torch.Tensor  # (R,)
     temperature: float
     version: int  # of the draft that served
+    top_p: float = 1.0
+    top_k: int = 0
 
+    @property
+    @torch.no_grad()
+    def target_logits(self):
+        """The target's rows (R, K+1, V), before top-k and top-p."""
+        return self.head(self.target_hidden)
+
+    def answer_hidden(self):
+        """The target's rows at the answer's tokens, one a token: (len(ids) - prompt_length, D)."""
+        return torch.cat([rows[: n + 1] for rows, n in zip(self.target_hidden, self.num_accepted.tolist())])
+
+    @torch.no_grad()
     def answer_logits(self):
-        """The target's rows at the answer's tokens, one a token: (len(ids) - prompt_length, V)."""
-        return torch.cat([rows[: n + 1] for rows, n in zip(self.target_logits, self.num_accepted.tolist())])
+        return self.head(self.answer_hidden())
+
+
+# Top-k and top-p cut the target and the draft before acceptance, and the law of acceptance is that of what is left.  For
+# the draft with gradient one thing is different: an id that its own cut dropped, but the target's kept, is given back to
+# it.  Its probability would be 0 with no gradient, so it could never return; a random draft under top-k = 20 would never
+# learn at all.  Wherever the draft's cut keeps all that the target's keeps, the gradient is that of the law that served.
+
+
+@torch.no_grad()
+def target_rows(draft, trace, hidden, tokens):
+    """The target as it served, in the draft's vocabulary: hidden (N, .., D), tokens -> logits (N, .., V), tokens.
+
+    A draft with V_draft ids of its own gets V_draft + 1 columns, the last one for all the others together: after softmax
+    the target's probabilities on the draft's ids are as large as before."""
+    vocabulary, T = draft.vocabulary, trace.temperature
+    rows = []
+    for part in hidden.split(64):  # V numbers a row are not kept if the draft has fewer
+        logits = trace.head(part)
+        if T > 0 and (trace.top_p < 1 or trace.top_k > 0):
+            logits = _cut(logits, trace)
+        if vocabulary is not None:
+            logits = logits.float()
+            others = logits.index_fill(-1, vocabulary, float("-inf"))
+            rest = T * (others / T).logsumexp(-1) if T > 0 else others.amax(-1)
+            logits = torch.cat([logits[..., vocabulary], rest[..., None]], dim=-1)
+        rows.append(logits)
+    if vocabulary is not None:
+        place = torch.searchsorted(vocabulary, tokens).clamp(max=len(vocabulary) - 1)
+        own = torch.where(vocabulary[place] == tokens, place, len(vocabulary))
+        tokens = torch.where(tokens >= 0, own, -1)
+    return torch.cat(rows), tokens
+
+
+def draft_rows(draft_logits, target_logits, trace):
+    """The draft's logits (R, K, V) as they served, but nothing that the target kept is cut."""
+    if trace.temperature == 0 or (trace.top_p == 1 and trace.top_k == 0):
+        return draft_logits
+    cut = _cut(draft_logits.detach(), trace).isneginf() & target_logits.isneginf()
+    return draft_logits.masked_fill(cut, float("-inf"))
+
+
+def _cut(logits, trace):
+    law = torch.float64, torch.float64, torch.int64
+    values = trace.temperature, trace.top_p, trace.top_k
+    return keep_top(logits, *(torch.tensor([x], dtype=d, device=logits.device) for x, d in zip(values, law)))
 
 
 def replay_rounds(draft, trace):
@@ -157,15 +216,16 @@ def replay_rounds(draft, trace):
 def replay_answer(draft, trace, K):
     """As if a round had started at every answer token and the target's own tokens had been drafted.
 
-    Returns draft logits (R, K, V) with gradient, target logits (R, K, V), tokens (R, K), -1 past the end."""
-    rows, answer = trace.answer_logits(), trace.ids[trace.prompt_length :]
+    Returns draft logits (R, K, V) with gradient, target logits (R, K, V), tokens (R, K), -1 past the end; both sides as
+    they served, in the draft's vocabulary."""
+    answer = trace.ids[trace.prompt_length :]
+    rows, own = target_rows(draft, trace, trace.answer_hidden(), answer)
     R = len(answer)
     place = torch.arange(R, device=answer.device)[:, None] + torch.arange(K, device=answer.device)  # (R, K)
     beyond, place = place >= R, place.clamp(max=R - 1)
-    tokens = answer[place]
     starts = torch.arange(R, device=answer.device) + trace.prompt_length - 2
-    logits = draft.replay(trace.features[None], trace.ids[None, 1:], starts[None], tokens[None, :, :-1])[0]
-    return logits, rows[place], tokens.masked_fill(beyond, -1)
+    logits = draft.replay(trace.features[None], trace.ids[None, 1:], starts[None], answer[place][None, :, :-1])[0]
+    return draft_rows(logits, rows[place], trace), rows[place], own[place].masked_fill(beyond, -1)
 
 
 def optimizers(model, lr, weight_decay=0.0):
@@ -176,6 +236,8 @@ def optimizers(model, lr, weight_decay=0.0):
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = {n: p for n, p in trained if p.ndim == 2 and "embed" not in n and "head" not in n}
     rest = [p for n, p in trained if n not in matrices]
+    if not trained:  # prompt lookup
+        return []
     return [torch.optim.Muon(list(matrices.values()), lr=lr, momentum=0.95, weight_decay=weight_decay),
             torch.optim.AdamW(rest, lr=0.15 * lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
@@ -198,9 +260,10 @@ class Learner:
         K, T = trace.draft_tokens.shape[1], trace.temperature
         loss = 0.0
         if self.target_side < 1:  # from the draft's tokens, kept and rejected
-            logits = replay_rounds(self.draft, trace)
+            target_logits, tokens = target_rows(self.draft, trace, trace.target_hidden[:, :-1], trace.draft_tokens)
+            logits = draft_rows(replay_rounds(self.draft, trace), target_logits, trace)
             loss = (1 - self.target_side) * policy_gradient_loss(
-                logits, trace.target_logits[:, :-1], trace.draft_tokens, T, self.estimator, trace.behaviour_logprobs)
+                logits, target_logits, tokens, T, self.estimator, trace.behaviour_logprobs)
         if self.target_side > 0:  # from the target's
             loss = loss + self.target_side * target_side_loss(
                 *replay_answer(self.draft, trace, K), T, log=self.estimator == "log")

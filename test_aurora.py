@@ -388,12 +388,13 @@ def test_replay_reproduces_the_served_draft_logits(K=4):
     target = tiny_target()
     draft = tiny_draft(target)
     requests = [request(length=3 + 8 * i, new=40, seed=i, temperature=[1.0, 0.7, 1.4][i]) for i in range(3)]
-    run = Generation(target, draft, requests, K)
+    run, logits, propose = Generation(target, draft, requests, K), [], draft.propose
+    draft.propose = lambda *a: (proposed := propose(*a), logits.append(proposed[1]))[0]
     while not run.done:
         run.round()
     for b in range(3):
-        served = torch.stack([r[2] for r in run.rounds[b]])
         trace = run.trace(b)
+        served = torch.stack([x[b] for x in logits[: len(trace.starts)]])  # a row's rounds are the first ones
         replayed = rl.replay_rounds(draft, trace)
         finite = served.isfinite()
         assert (replayed.isfinite() == finite).all()
@@ -878,9 +879,9 @@ WEIGHTS = HERE / "weights"
 def test_shipped_weights_speculate(temperature):
     """The shipped target and static draft on their own traffic: close to two tokens a round or more."""
     args = aurora.arguments(["--traffic", "python", "--requests", "2", "--max-new-tokens", "48", "--temperature", str(temperature), "--draft", "static"])
-    target, draft, _, _ = aurora.load_models(args)
+    target, tokenizer, draft, _, _ = aurora.load_models(args)
     assert sum(p.numel() for p in target.parameters()) > 8e6 and (WEIGHTS / "target.pt").stat().st_size < 25e6
-    for r in aurora.make_requests(aurora.built_in_prompts(args), args, target.config):
+    for r in aurora.make_requests(aurora.built_in_prompts(args), args, tokenizer, 2048):
         trace, _ = generate(target, draft, r, 4)
         assert 1 + trace.num_accepted.float().mean() > 1.8
         assert 256 not in trace.ids[1:].tolist()

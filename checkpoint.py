@@ -1,0 +1,309 @@
+"""Real checkpoints: Llama, Qwen2 and Qwen3 in Hugging Face layout, EAGLE-3 heads, their tokenizers; in and out.
+
+    python aurora.py --target Qwen/Qwen3-0.6B --draft ngram --prompt "..."     a name on the hub, or a directory
+    python checkpoint.py weights/target.pt --out DIR          a checkpoint of this project in Hugging Face layout
+    python checkpoint.py DIR --bench --draft DIR              ours against transformers', side by side
+
+Weights are safetensors, memory-mapped: what is already in the dtype asked for is never copied.  No pickle is read and no
+code of a checkpoint is run.  The tensors decide what a model has (biases, q/k norms), config.json what they mean, and what
+is not understood is refused by name: a silent fallback would cost more than an error.
+
+The extras (requirements-hf.txt) are imported only here, and only when they are needed.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import shutil
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from draft import Draft, NGram, SmallModel, fill_draft
+from model import Config, Transformer, UserError, add_tables, fill
+from model import load_target as load_ours
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def need(module):
+    """An optional extra, or one line that says what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.split(".")[0]
+        where = "requirements-test.txt" if package == "transformers" else "requirements-hf.txt"
+        raise UserError(f"this checkpoint needs {package}: pip install -r {where}") from None
+
+
+def locate(name):
+    """A directory as it is; any other name is fetched from the hub, or found where it was fetched before."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        hub = need("huggingface_hub")
+    except UserError as error:
+        raise UserError(f"{name} is no directory here; to fetch it from the hub, {error}") from None
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["*/*"]))
+    except Exception as error:  # a dozen kinds: offline, no such name, no permission
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise UserError(f"{name} is no directory here and could not be fetched from the hub ({type(error).__name__}: {reason})") from None
+
+
+def read_json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is not JSON") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return content
+
+
+# ---- in ------------------------------------------------------------------------------------------------
+
+
+def read_tensors(directory):
+    """-> {name: tensor}, views of the mapped files: nothing is read before it is used."""
+    index = directory / "model.safetensors.index.json"
+    files = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
+    tensors = {}
+    for name in files:
+        path = directory / name
+        if Path(name).name != name or not path.is_file():
+            pickles = " (pickles are never read: convert them to safetensors)" if list(directory.glob("*.bin")) else ""
+            raise UserError(f"{directory}: no {name}{pickles}")
+        try:
+            with need("safetensors").safe_open(path, framework="pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}
+        except UserError:
+            raise
+        except Exception as error:  # a truncated or foreign file
+            raise UserError(f"{path} is not a whole safetensors file ({type(error).__name__})") from None
+    return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # old files keep that table
+
+
+def read_config(directory, raw, tensors):
+    """config.json -> Config, or the reason why this model cannot be run here."""
+
+    def refuse(reason):
+        raise UserError(f"{directory}: {reason}")
+
+    kind = raw.get("model_type")
+    if "moe" in str(kind) or any(raw.get(k) for k in ("num_experts", "num_local_experts", "n_routed_experts")):
+        refuse(f"{kind} is a mixture of experts, which is not supported")
+    if kind not in ("llama", "qwen2", "qwen3"):
+        refuse(f"model_type {kind!r} is not supported: expected llama, qwen2 or qwen3")
+    if raw.get("quantization_config") or any(not t.is_floating_point() or t.element_size() < 2 for n, t in tensors.items() if n != "d2t" and n != "t2d"):
+        refuse("its weights are quantised, which is not supported")
+    sliding = raw.get("use_sliding_window", raw.get("sliding_window") is not None)
+    if sliding or any(layer != "full_attention" for layer in raw.get("layer_types") or ()):
+        refuse("attention with a sliding window is not supported")
+    if raw.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act {raw['hidden_act']!r} is not supported: expected silu")
+    for name in SIZES:
+        if type(raw.get(name)) is not int or raw[name] < 1:
+            refuse(f"config.json has {name} = {raw.get(name)!r}, expected a positive whole number")
+
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 and 4
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3") or any(isinstance(v, dict) for v in rope.values()):
+        refuse(f"RoPE of type {rope_type!r} is not supported: expected default or llama3, the same in every layer")
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) not in (1, None):
+        refuse("RoPE over a part of the head is not supported")
+    if rope_type == "llama3" and not all(isinstance(rope.get(k), (int, float)) for k in LLAMA3):
+        refuse(f"RoPE of type llama3 needs {', '.join(LLAMA3)}")
+
+    generation = directory / "generation_config.json"
+    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
+    eos = raw.get("eos_token_id") if eos is None else eos
+    some_layer = lambda suffix: any(name.endswith(suffix) for name in tensors)
+    heads = raw["num_attention_heads"]
+    return Config(
+        **{name: raw[name] for name in SIZES},
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+        rope_scaling={k: float(rope[k]) for k in LLAMA3} if rope_type == "llama3" else None,
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        attention_bias=some_layer("q_proj.bias"), output_bias=some_layer("o_proj.bias"), qk_norm=some_layer("q_norm.weight"),
+        bos_token_id=raw.get("bos_token_id"), eos_token_ids=tuple(eos if isinstance(eos, list) else [eos] if eos is not None else []))
+
+
+def load_model(directory, dtype, kind=Transformer):
+    """Built without memory, then filled with the mapped tensors themselves, converted one by one where dtype differs."""
+    tensors = read_tensors(directory)
+    config = read_config(directory, read_json(directory / "config.json"), tensors)
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+        embedding = tensors["model.embed_tokens.weight"]
+        if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
+            raise UserError(f"{directory}: tie_word_embeddings is set, but lm_head.weight is not the embedding")
+    with torch.device("meta"):
+        model = kind(config)
+    for name in tensors:  # in place: a tensor that was converted no longer needs its mapping
+        tensors[name] = tensors[name].to(dtype)
+    fill(model, tensors, directory, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    add_tables(model, config)
+    return model
+
+
+def load_target(name, dtype=torch.float32):
+    """-> (Transformer, Tokenizer)"""
+    directory = locate(name)
+    target = load_model(directory, dtype)
+    return target, Tokenizer(directory, target.config)
+
+
+def load_draft(name, target):
+    """An EAGLE-3 head for this target, or a small language model with its vocabulary; float32, as it is to learn."""
+    directory = locate(name)
+    raw = read_json(directory / "config.json")
+    if raw.get("vocab_size") != target.config.vocab_size:
+        raise UserError(f"{name}: the draft's vocabulary is {raw.get('vocab_size')}, the target's {target.config.vocab_size}: "
+                        "they must be the same")
+    if "Eagle3" in str(raw.get("architectures")):
+        return load_eagle3(directory, raw, target)
+    return load_model(directory, torch.float32, SmallModel)
+
+
+def load_eagle3(directory, raw, target):
+    weights = read_tensors(directory)
+    config = read_config(directory, raw, weights)
+    config = replace(config, tie_word_embeddings=False, bos_token_id=target.config.bos_token_id,
+                     eos_token_ids=target.config.eos_token_ids, suppress_tokens=target.config.suppress_tokens)
+    D, V = target.config.hidden_size, target.config.vocab_size
+    layers = (raw.get("eagle_config") or raw).get("eagle_aux_hidden_state_layer_ids") or target.feature_layers
+    expected = ((config.num_hidden_layers, 1, "num_hidden_layers"), (config.hidden_size, D, "hidden_size"),
+                (raw.get("target_hidden_size") or D, D, "target_hidden_size"), (tuple(layers), target.feature_layers, "layers read"),
+                (bool(raw.get("norm_before_residual")), False, "norm_before_residual"))
+    for found, wanted, what in expected:
+        if found != wanted:
+            raise UserError(f"{directory}: {what} is {found}, expected {wanted} for this target")
+
+    d2t, t2d = weights.pop("d2t", None), weights.pop("t2d", None)
+    vocabulary = None if d2t is None else torch.arange(len(d2t)) + d2t  # d2t holds offsets
+    if vocabulary is not None:
+        known = torch.zeros(V, dtype=torch.bool)
+        if not (vocabulary.diff() > 0).all() or vocabulary[0] < 0 or vocabulary[-1] >= V:
+            raise UserError(f"{directory}: d2t does not lead to ascending ids in 0..{V - 1}")
+        known[vocabulary] = True
+        if t2d is not None and not torch.equal(t2d.bool(), known):
+            raise UserError(f"{directory}: t2d and d2t do not name the same ids")
+        vocabulary = vocabulary if len(vocabulary) < V else None
+    draft = Draft(target, config, vocabulary)
+    weights.setdefault("lm_head.weight", draft.lm_head.weight.detach())  # without one it is the target's
+    return fill_draft(draft, {name: t.float() if "embed" not in name else t for name, t in weights.items()}, directory)
+
+
+class Tokenizer:
+    def __init__(self, directory, config):
+        try:
+            self.inner = need("tokenizers").Tokenizer.from_file(str(directory / "tokenizer.json"))
+        except UserError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{directory}: no tokenizer.json that can be read ({str(error).splitlines()[0]})") from None
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        self.begin, self.vocab_size, self.directory = config.bos_token_id, config.vocab_size, directory
+
+    def encode(self, text):
+        """-> ids.  Special tokens may be written out, as chat templates do; a begin token is not doubled."""
+        ids = self.inner.encode(text).ids
+        if max(ids, default=0) >= self.vocab_size:
+            raise UserError(f"{self.directory}: the tokenizer gives id {max(ids)}, the model has {self.vocab_size}")
+        return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == self.begin else ids
+
+    def stream(self):
+        """-> put(token) -> text, and end() -> what is left of it.
+
+        Text comes out as soon as it is whole characters.  Tokens are decoded after those that came out last, because
+        what a token reads as may hang on the one before it (a space at the start of a word)."""
+        ids, shown = [], 0  # decoded so far: ids[:shown], the last that came out; and those that wait
+
+        def put(token, last=False):
+            nonlocal ids, shown
+            ids = ids + ([] if last else [token])
+            before, now = self.inner.decode(ids[:shown]), self.inner.decode(ids)
+            if len(now) <= len(before) or (now.endswith("\ufffd") and not last):
+                return ""
+            ids, shown = ids[shown:], len(ids) - shown
+            return now[len(before) :]
+
+        return put, lambda: put(None, last=True)
+
+
+# ---- out ------------------------------------------------------------------------------------------------
+
+
+def config_json(config, dtype, **changes):
+    """Our Config as transformers, SGLang and vLLM read it; RoPE in the spelling of transformers 4, which 5 reads too."""
+    kind = "qwen3" if config.qk_norm else "qwen2" if config.attention_bias and not config.output_bias else "llama"
+    names = (*SIZES, "num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps", "tie_word_embeddings", "bos_token_id")
+    scaling = config.rope_scaling and {"rope_type": "llama3"} | config.rope_scaling
+    eos = list(config.eos_token_ids)
+    return {"architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind, "hidden_act": "silu",
+            "attention_bias": config.output_bias, "mlp_bias": False, "rope_scaling": scaling,
+            "torch_dtype": str(dtype).removeprefix("torch."), "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+            **{name: getattr(config, name) for name in names}} | changes
+
+
+def write(directory, tensors, **files):
+    """A directory that is either whole or not there: {name}.json and model.safetensors."""
+    new = Path(f"{directory}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    need("safetensors.torch").save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+    for name, content in files.items():
+        (new / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    new.rename(directory)
+
+
+def write_model(model, directory):
+    """A Transformer in Hugging Face layout.  Its suppressed ids become generation's."""
+    config, tensors = model.config, dict(model.state_dict())
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    raw = config_json(config, model.lm_head.weight.dtype)
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": raw["eos_token_id"], "suppress_tokens": list(config.suppress_tokens) or None}
+    write(directory, tensors, config=raw, generation_config=generation)
+
+
+def export_draft(draft, directory, origin, K):
+    """The draft where engines can load it; returns how to serve it."""
+    K2 = K + 1
+    if isinstance(draft, SmallModel):
+        write_model(draft, directory)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if Path(origin, name).is_file():
+                shutil.copy(Path(origin, name), directory)
+        sglang, vllm = "STANDALONE", "draft_model"
+    else:
+        config, tensors = draft.config, dict(draft.state_dict())
+        V = config.vocab_size
+        vocabulary = tensors.pop("vocabulary", torch.arange(V)).cpu()
+        tensors["d2t"] = vocabulary - torch.arange(len(vocabulary))
+        tensors["t2d"] = torch.zeros(V, dtype=torch.bool).index_fill_(0, vocabulary, True)
+        if not draft.own_embedding:
+            del tensors["embed_tokens.weight"]  # engines take the target's
+        raw = config_json(config, draft.fc.weight.dtype, architectures=["LlamaForCausalLMEagle3"], model_type="llama",
+                          draft_vocab_size=len(vocabulary))
+        write(directory, tensors, config=raw)
+        sglang, vllm = "EAGLE3", "eagle3"
+    speculative = json.dumps({"method": vllm, "model": str(directory), "num_speculative_tokens": K})
+    return (f"exported to {directory}\n"
+            f"SGLang   --speculative-algorithm {sglang} --speculative-draft-model-path {directory} "
+            f"--speculative-num-steps {K} --speculative-eagle-topk 1 --speculative-num-draft-tokens {K2}\n"
+            f"vLLM     --speculative-config '{speculative}'")
