@@ -1310,3 +1310,229 @@ class TestOnAGpu:
             second = torch.ops.aurora.accept(*case)
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+# ---- real checkpoints: checkpoint.py -------------------------------------------------------------------------
+
+LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+HF_KINDS = {  # what to build with transformers: (class, what differs from the sizes below)
+    "llama": ("Llama", dict(num_key_value_heads=4)),
+    "llama tied": ("Llama", dict(tie_word_embeddings=True, head_dim=16)),
+    "llama biased": ("Llama", dict(attention_bias=True)),
+    "llama 3": ("Llama", dict(rope_parameters=LLAMA3_ROPE | {"rope_theta": 5e4}, eos_token_id=[3, 5])),
+    "qwen2": ("Qwen2", dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
+    "qwen2 tied": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(head_dim=16)),
+    "qwen3 tied": ("Qwen3", dict(head_dim=12, tie_word_embeddings=True, attention_bias=True)),
+}
+
+
+def hf_model(folder, kind="qwen3", seed=0, layers=8, **changes):
+    """A tiny random model, biases and norms random too, saved by transformers -> it."""
+    transformers = pytest.importorskip("transformers")
+    name, more = HF_KINDS[kind]
+    sizes = dict(vocab_size=211, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+                 max_position_embeddings=512, bos_token_id=1, eos_token_id=None, pad_token_id=0)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**(sizes | more | changes)))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape) * (0.3 if p.ndim == 1 else p.shape[1] ** -0.5) + ("norm" in n and "bias" not in n))
+    model.eval().save_pretrained(folder, max_shard_size="20KB" if seed % 2 else "1GB")
+    return model
+
+
+def edit(path, **changes):
+    """Changes fields of a .json file; None removes one."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    pytest.importorskip("safetensors")
+    import checkpoint
+
+    return checkpoint
+
+
+@pytest.mark.parametrize("kind", HF_KINDS)
+def test_logits_are_those_of_transformers(checkpoint, tmp_path, kind):
+    """Prompts of 1 to 300 tokens, whole and through the cache, token by token and in blocks; sharded and not."""
+    theirs = hf_model(tmp_path, kind, seed=list(HF_KINDS).index(kind))
+    ours = checkpoint.load_model(tmp_path, torch.float32)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (list(HF_KINDS).index(kind) % 2 == 1)
+    ids = torch.randint(211, (2, 300), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for length in (1, 2, 63, 300):
+            expected = theirs(ids[:, :length]).logits
+            torch.testing.assert_close(ours.logits(ours(ids[:, :length])[0]), expected, atol=1e-4, rtol=0)
+        cache, got, at = ours.new_cache(2, 300), [], 0
+        for width in (290, 1, 1, 5, 3):
+            got.append(ours(ids[:, at : at + width], torch.arange(at, at + width).expand(2, -1), cache)[0])
+            at += width
+        torch.testing.assert_close(ours.logits(torch.cat(got, 1)), expected, atol=1e-4, rtol=0)
+    assert expected.std() > 0.5, "logits that hardly differ show nothing"
+
+
+@pytest.mark.parametrize("kind", ["llama 3", "qwen3"])
+def test_both_spellings_of_rope_and_of_eos(checkpoint, tmp_path, kind):
+    hf_model(tmp_path, kind, layers=2)
+    new = checkpoint.load_model(tmp_path, torch.float32).config
+    raw = json.loads((tmp_path / "config.json").read_text())
+    rope = raw["rope_parameters"]
+    theta = rope.pop("rope_theta")
+    for name in ("rope_type", "type"):
+        scaling = {(name if k == "rope_type" else k): v for k, v in rope.items()} if kind == "llama 3" else None
+        edit(tmp_path / "config.json", rope_parameters=None, rope_theta=theta, rope_scaling=scaling)
+        assert checkpoint.load_model(tmp_path, torch.float32).config == new
+    (tmp_path / "generation_config.json").unlink()
+    for given, expected in ((7, (7,)), ([7, 9], (7, 9)), (None, ())):
+        edit(tmp_path / "config.json", eos_token_id=given)
+        assert checkpoint.load_model(tmp_path, torch.float32).config.eos_token_ids == expected
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3]}')
+    edit(tmp_path / "config.json", eos_token_id=7)
+    assert checkpoint.load_model(tmp_path, torch.float32).config.eos_token_ids == (3,)
+
+
+REFUSED = {  # what the message must say: changes of config.json
+    "mixture of experts": dict(model_type="qwen3_moe"),
+    "is a mixture": dict(num_experts=8),
+    "'mistral' is not supported": dict(model_type="mistral"),
+    "sliding window": dict(use_sliding_window=True, sliding_window=64),
+    "a sliding window": dict(layer_types=["full_attention", "sliding_attention"]),
+    "quantised": dict(quantization_config={"quant_method": "fp8"}),
+    "'yarn' is not supported": dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+    "of type 'linear'": dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}),
+    "needs factor": dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}),
+    "part of the head": dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+    "the same in every layer": dict(rope_parameters={"full_attention": {"rope_type": "default"}}),
+    "hidden_act 'gelu'": dict(hidden_act="gelu"),
+    "num_hidden_layers = '2'": dict(num_hidden_layers="2"),
+    "vocab_size = None": dict(vocab_size=None),
+    "missing": dict(num_hidden_layers=3),
+    "not known to this model": dict(num_hidden_layers=1),
+    "has shape": dict(intermediate_size=64),
+    "is not the embedding": dict(tie_word_embeddings=True),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_run_is_refused_by_name(checkpoint, tmp_path, message):
+    hf_model(tmp_path, layers=2)
+    edit(tmp_path / "config.json", **REFUSED[message])
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.load_model(tmp_path, torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_broken_directories_are_refused(checkpoint, tmp_path):
+    hf_model(tmp_path, layers=2)
+    file, load = tmp_path / "model.safetensors", lambda: checkpoint.load_model(tmp_path, torch.float32)
+    whole = file.read_bytes()
+    from safetensors.torch import load_file, save_file
+
+    for changed, message in ((lambda w: w | {"model.norm.weight": w["model.norm.weight"] * float("nan")}, "NaN"),
+                             (lambda w: w | {"model.norm.bias": w["model.norm.weight"].clone()}, "not known"),
+                             (lambda w: w | {"model.norm.weight": w["model.norm.weight"].to(torch.float8_e4m3fn)}, "quantised")):
+        save_file(changed(load_file(file)), tmp_path / "other")
+        file.write_bytes((tmp_path / "other").read_bytes())
+        with pytest.raises(UserError, match=message):
+            load()
+        file.write_bytes(whole)
+    load()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load()
+    file.unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="pickles are never read"):
+        load()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
+    with pytest.raises(UserError, match="no ../model"):
+        load()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON|no ../model"):
+        load()
+
+
+def test_weights_are_mapped_not_copied(checkpoint, tmp_path):
+    """Anonymous memory grows by next to nothing in the dtype of the file, and by one copy, not two, in another."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is counted in /proc")
+    hf_model(tmp_path, layers=2, vocab_size=30_000, hidden_size=256, intermediate_size=512).to(torch.bfloat16).save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size  # 32 MB
+    anonymous = lambda: int(next(x for x in open("/proc/self/status") if x.startswith("RssAnon")).split()[1]) * 1024
+    checkpoint.load_model(tmp_path, torch.float32)  # what is allocated once
+    for dtype, copies in ((torch.bfloat16, 0), (torch.float32, 2)):  # float32 is twice as large
+        before = anonymous()
+        model = checkpoint.load_model(tmp_path, dtype)
+        assert abs((anonymous() - before) / size - copies) < 0.5
+        assert model.lm_head.weight.dtype == dtype
+        del model
+
+
+def bpe(folder, whole_words=False):
+    """A tokenizer.json trained here: byte-level, so that é is two tokens; or in words, with their spaces at the front."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import decoders, pre_tokenizers, processors, trainers
+
+    t = tokenizers.Tokenizer(tokenizers.models.BPE())
+    t.pre_tokenizer, t.decoder = (pre_tokenizers.Metaspace(), decoders.Metaspace()) if whole_words else (pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel())
+    alphabet = [] if whole_words else pre_tokenizers.ByteLevel.alphabet()
+    text = ["the quick brown fox jumps over the lazy dog, and the dog says hello"] * 3
+    t.train_from_iterator(text, trainers.BpeTrainer(vocab_size=290 if alphabet else 60, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False))
+    t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    folder.mkdir(exist_ok=True)
+    t.save(str(folder / "tokenizer.json"))
+    return t
+
+
+def test_streamed_text_is_whole_characters_and_all_of_it(checkpoint, tmp_path):
+    config = tiny_config(vocab_size=400, bos_token_id=1)
+    for whole_words, text in ((False, "the dog says: été, 你好, 🙂‍↔️, naïve — “quotes” fox"), (True, "the dog jumps over the quick fox")):
+        inner = bpe(tmp_path / str(whole_words), whole_words)
+        tokenizer = checkpoint.Tokenizer(tmp_path / str(whole_words), config)
+        ids = inner.encode(text).ids
+        assert ids[0] == 1
+        put, end = tokenizer.stream()
+        pieces = [put(i) for i in ids]
+        assert "".join(pieces) + end() == text
+        assert not any("\ufffd" in piece for piece in pieces) and sum(map(bool, pieces)) > 8
+        put, end = tokenizer.stream()  # an answer that stops within a character: what there is of it is shown at the end
+        cut = inner.encode("dog é", add_special_tokens=False).ids[:-1] if not whole_words else ids[:1]
+        assert "".join(map(put, cut)) + end() == ("dog \ufffd" if not whole_words else "")
+
+
+def test_the_begin_token_is_not_doubled_and_foreign_ids_are_refused(checkpoint, tmp_path):
+    bpe(tmp_path)
+    tokenizer = checkpoint.Tokenizer(tmp_path, tiny_config(vocab_size=400, bos_token_id=1))
+    assert tokenizer.encode("<s>hello</s>") == tokenizer.encode("hello</s>") and tokenizer.encode("<s>hello")[:2] != [1, 1]
+    assert tokenizer.encode("hello</s>")[-1] == 2, "special tokens can be written out, as chat templates do"
+    with pytest.raises(UserError, match="the tokenizer gives id"):
+        checkpoint.Tokenizer(tmp_path, tiny_config(vocab_size=20)).encode("hello")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="no tokenizer.json that can be read"):
+        checkpoint.Tokenizer(tmp_path, tiny_config())
+
+
+def test_missing_extras_and_unreachable_names_are_one_line(checkpoint, tmp_path, monkeypatch):
+    hf_model(tmp_path, layers=2)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "safetensors", None)
+        with pytest.raises(UserError, match="needs safetensors: pip install -r requirements-hf.txt"):
+            checkpoint.load_model(tmp_path, torch.float32)
+        patch.setitem(sys.modules, "huggingface_hub", None)
+        with pytest.raises(UserError, match="no/such is no directory here.*pip install"):
+            aurora.main(["--target", "no/such"])
+    hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*args, **kwargs):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match="no/such is no directory here and could not be fetched.*no network") as error:
+        aurora.main(["--target", "no/such"])
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: str(tmp_path))
+    assert checkpoint.locate("some/name") == tmp_path
