@@ -1536,3 +1536,191 @@ def test_missing_extras_and_unreachable_names_are_one_line(checkpoint, tmp_path,
     assert "\n" not in str(error.value)
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: str(tmp_path))
     assert checkpoint.locate("some/name") == tmp_path
+
+
+def drafts_for(target, folder):
+    """One of each kind, each with what it asks of the target."""
+    import checkpoint
+    from draft import NGram
+
+    small = checkpoint.load_draft(folder / "small", target)
+    pruned = Draft(target, vocabulary=torch.arange(1, target.config.vocab_size, 3))
+    return {"head": tiny_draft(target), "pruned head": pruned, "small model": small, "ngram": NGram(target.config)}
+
+
+@pytest.fixture(scope="module")
+def hf(checkpoint, tmp_path_factory):
+    """A random Qwen3 target of 8 layers with a tokenizer, and a Llama of 2 layers with the same vocabulary."""
+    folder = tmp_path_factory.mktemp("hf")
+    hf_model(folder / "target", "qwen3", vocab_size=290)
+    hf_model(folder / "small", "llama", seed=2, layers=2, vocab_size=290)
+    bpe(folder / "target")
+    bpe(folder / "small")
+    (folder / "prompts.txt").write_text("the quick brown fox\nhello dog\nthe dog says hello, the dog says\nover the lazy dog\n")
+    return folder
+
+
+def asking(target, draft):
+    target.feature_layers = (2, 4, 5) if draft is None or draft.feature_layers is None else draft.feature_layers
+    return target
+
+
+@pytest.mark.parametrize("name", ["plain", "head", "pruned head", "small model", "ngram"])
+def test_greedy_answers_are_those_of_generate(checkpoint, hf, name, K=3):
+    """Token for token up to the end token, plain and with every kind of draft; two prompts, with and without an end."""
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf / "target")
+    target = checkpoint.load_model(hf / "target", torch.float32).eval()
+    draft = drafts_for(target, hf).get(name)
+    asking(target, draft)
+    for seed in range(2):
+        prompt = torch.randint(3, 290, (7,), generator=torch.Generator().manual_seed(seed)).repeat(2).tolist()
+        answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0].tolist()
+        for stop in ((), (answer[14 + 11],)):
+            expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=list(stop) or None)[0].tolist()
+            target.config.eos_token_ids = stop
+            trace, _ = generate(target, draft, Request(prompt, 30, seed, 0.0), 0 if name == "plain" else K)
+            assert trace.ids.tolist()[: len(expected)] == expected and (len(trace.ids) == len(expected) or not stop)
+            assert len(trace.answer_hidden()) == len(trace.ids) - 14 == len(trace.features) - 13
+            assert int((trace.num_accepted + 1).sum()) == len(trace.ids) - 14
+
+
+def test_an_end_token_ends_its_row_only(K=3):
+    """Drafted or the target's own, at any place of a round; the other rows go on as if alone."""
+    target, seen = tiny_target(gain=2.0, dtype=torch.float64), set()
+    requests = [request(length=4 + i, new=40, seed=i, temperature=1.0) for i in range(12)]
+    free = [generate(target, tiny_draft(target), r, K)[0] for r in requests]
+    target.config.eos_token_ids = (3, 9)
+    batch = Generation(target, tiny_draft(target), requests, K)
+    while not batch.done:
+        batch.round()
+    for b, (r, whole) in enumerate(zip(requests, free)):
+        answer = whole.ids[whole.prompt_length :].tolist()
+        ends = [i for i, t in enumerate(answer) if t in (3, 9)]
+        expected = answer[: ends[0] + 1] if ends else answer
+        trace = batch.trace(b)
+        assert trace.ids[trace.prompt_length :].tolist() == expected
+        assert int((trace.num_accepted + 1).sum()) == len(expected)
+        if ends:  # where in its round the end token came, and whether it had been drafted and kept there
+            last = len(trace.starts) - 1
+            seen.add((int(trace.num_accepted[-1]), int(whole.num_accepted[last]) > int(trace.num_accepted[-1])))
+    assert {kept for _, kept in seen} == {True, False} and len(seen) > 2, "some ways to end never occurred"
+
+
+@pytest.mark.parametrize("name", ["head", "pruned head", "small model"])
+def test_every_draft_replays_what_it_served(checkpoint, hf, name, K=4):
+    """As for the head above: same logits to 1e-5, for prompts of different lengths in one batch; and behaviour is that
+    of the law that served, top-k and top-p included."""
+    target = checkpoint.load_model(hf / "target", torch.float32).eval()
+    draft = drafts_for(target, hf)[name]
+    asking(target, draft)
+    requests = [Request(torch.randint(3, 290, (3 + 8 * i,)).tolist(), 25, i, t, top_p=p, top_k=k)
+                for i, (t, p, k) in enumerate([(1.0, 1.0, 0), (0.7, 0.8, 0), (1.4, 0.9, 20)])]
+    run, served, propose = Generation(target, draft, requests, K), [], draft.propose
+    draft.propose = lambda *a: (proposed := propose(*a), served.append(proposed[1]))[0]
+    while not run.done:
+        run.round()
+    for b, r in enumerate(requests):
+        trace = run.trace(b)
+        logits = torch.stack([x[b] for x in served[: len(trace.starts)]])
+        replayed = rl.replay_rounds(draft, trace).detach()
+        if draft.vocabulary is not None:
+            assert replayed.shape[-1] == len(draft.vocabulary) + 1 and replayed[..., -1].isneginf().all()
+            replayed = torch.full_like(logits, float("-inf")).index_copy(-1, draft.vocabulary, replayed[..., :-1])
+        finite = logits.isfinite()
+        assert (replayed - logits)[finite].abs().max() < 1e-5
+        assert finite.all() == (name != "pruned head" and r.top_p == 1) and finite.any(-1).all()
+        log_q = (logits / r.temperature).log_softmax(-1).gather(-1, trace.draft_tokens[..., None]).squeeze(-1)
+        torch.testing.assert_close(log_q, trace.behaviour_logprobs, atol=1e-5, rtol=0)
+
+
+def test_small_model_drafts_as_it_would_decode(checkpoint, hf, K=4):
+    """At temperature 0 its K tokens are the K that it would generate itself after the committed text, in every round."""
+    target = checkpoint.load_model(hf / "target", torch.float32).eval()
+    small = drafts_for(target, hf)["small model"]
+    trace, _ = generate(asking(target, small), small, Request([1, 5, 100, 7], 24, 0, 0.0), K)
+    small.feature_layers = ()
+    for start, tokens in zip(trace.starts.tolist(), trace.draft_tokens):
+        alone, _ = generate(small, None, Request(trace.ids[: start + 2].tolist(), K, 0, 0.0), 0)
+        assert alone.ids[start + 2 :].tolist() == tokens.tolist()
+
+
+def test_prompt_lookup():
+    from draft import NGram
+
+    draft = NGram(tiny_config())
+    look = lambda text, K=4: draft.lookup(torch.tensor(text), K).tolist()
+    assert look([1, 2, 3, 4, 5, 9, 1, 2, 3]) == [4, 5, 9, 1]  # the last three stood before
+    assert look([1, 2, 3, 4, 7, 2, 3, 5, 8, 2, 3]) == [5, 8, 2, 3]  # of two matches the later
+    assert look([7, 2, 3, 5, 5, 9, 3, 6, 2, 3]) == [5, 5, 9, 3]  # two tokens count more than one that stood later
+    assert look([5, 6, 7, 6]) == [7, 6, 7, 6] and look([4, 4]) == [4, 4, 4, 4]  # a copy goes on with itself
+    assert look([1, 2, 3]) == [-1] * 4 and look([1]) == [-1] * 4
+    cache = draft.new_cache(2, 12)  # rows of different lengths: what lies past a row's last token is not text
+    sampling = verify.Sampling(torch.zeros(2), torch.ones(2), torch.zeros(2, dtype=torch.int64))
+    ids, positions = torch.tensor([[3, 4, 3, 4], [8, 9, 8, 9]]), torch.arange(4).expand(2, -1)
+    tokens, logits = draft.propose(None, ids, positions, torch.tensor([3, 2]), torch.zeros(2, 2), sampling, cache)
+    assert logits is None and tokens.tolist() == [[3, 4], [9, 8]]
+    tokens, _ = draft.propose(None, torch.tensor([[5, -1], [1, 8]]), torch.tensor([[4, 5], [3, 4]]), torch.tensor([0, 1]), torch.zeros(2, 2), sampling, cache)
+    assert tokens.tolist() == [[-1, -1], [1, 8]]
+
+
+@pytest.mark.parametrize("name", ["small model", "pruned head", "ngram"])
+def test_law_of_generated_text_with_every_draft_and_cut(name, B=4000, K=2):
+    """As above, the joint law of three tokens over all 4^3 continuations, now under top-k and top-p that differ by row,
+    cut from the target's own probabilities as written out here."""
+    from draft import NGram, SmallModel
+
+    target = tiny_target(gain=2.0, vocab_size=5, bos_token_id=4, suppress_tokens=(4,))
+    small = SmallModel(tiny_config(vocab_size=5, num_hidden_layers=2, suppress_tokens=(4,), bos_token_id=4))
+    draft = {"small model": small, "pruned head": Draft(target, vocabulary=torch.tensor([0, 2, 3])), "ngram": NGram(target.config)}[name]
+    asking(target, draft)
+    prompt, laws = [4, 1, 2, 0, 3, 3], [(0.8, 1.0, 0), (1.3, 0.75, 0), (1.0, 1.0, 2), (1.5, 0.8, 3)]
+    run = Generation(target, draft, [Request(prompt, 3, b, laws[b % 4][0], "", *laws[b % 4][1:]) for b in range(B)], K)
+    while not run.done:
+        run.round()
+    texts = list(itertools.product(range(4), repeat=3))
+    with torch.no_grad():
+        logits = target.logits(target(torch.tensor([prompt + list(x) for x in texts]))[0]).double()[:, 5:8]
+    for i, (temperature, top_p, top_k) in enumerate(laws):
+        p = (logits / temperature).softmax(-1)
+        order = p.argsort(-1, descending=True)
+        ranked = p.gather(-1, order)
+        ranked[..., top_k or 5 :] = 0
+        ranked = ranked / ranked.sum(-1, keepdim=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+        p = torch.zeros_like(p).scatter(-1, order, ranked / ranked.sum(-1, keepdim=True))
+        if top_p < 1 or top_k:
+            assert (p[..., :4] == 0).any(), "nothing was cut"
+        p = p.gather(-1, torch.tensor(texts)[..., None]).prod(1)[:, 0]
+        counts = Counter(tuple(ids[6:9]) for ids in run.committed[i::4])
+        assert_law([counts[x] for x in texts], p)
+
+
+@pytest.mark.parametrize("V", [50, 5000])
+def test_cuts_are_those_of_transformers(V):
+    """Same ids kept as by transformers' warpers (temperature, top-k, top-p in that order) for every setting, rows of one
+    batch with their own; long tails that do not fit into the first look included; ties stay together."""
+    warpers = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(6, 2, V, generator=torch.Generator().manual_seed(V)).double() * torch.tensor([0.1, 1, 3, 1, 0.01, 2])[:, None, None]
+    temperature = torch.tensor([1.0, 0.7, 1.3, 0.0, 1.0, 2.0], dtype=torch.float64)
+    top_p, top_k = torch.tensor([0.5, 0.9, 1.0, 0.5, 0.95, 0.7], dtype=torch.float64), torch.tensor([0, 0, 7, 3, 0, V // 2])
+    got = verify.keep_top(logits, temperature, top_p, top_k)
+    for b in range(6):
+        expected = logits[b]
+        if temperature[b] > 0:
+            expected = expected / temperature[b]
+            if top_k[b]:
+                expected = warpers.TopKLogitsWarper(int(top_k[b]))(None, expected)
+            expected = warpers.TopPLogitsWarper(float(top_p[b]))(None, expected)
+        assert torch.equal(got[b].isfinite(), expected.isfinite())
+        assert torch.equal(got[b][got[b].isfinite()], logits[b][got[b].isfinite()])
+    assert torch.equal(verify.keep_top(logits, temperature, torch.ones(6), torch.zeros(6, dtype=torch.int64)), logits)
+    one = lambda x, p, k: verify.keep_top(torch.tensor([x]), torch.ones(1), torch.tensor([p]), torch.tensor([k]))[0].isfinite().tolist()
+    assert one([2.0, 1.0, 1.0, 0.0], 1.0, 2) == [True, True, True, False]  # equals stay together
+    assert one([2.0, float("-inf"), 1.0, 0.0], 1e-9, 0) == [True, False, False, False]  # never nothing
+    assert one([2.0, float("-inf"), 1.0, float("-inf")], 1.0, 3) == [True, False, True, False]
+    for bad in (float("nan"), float("inf")):  # what is broken stays broken, for acceptance to find
+        with pytest.raises(ValueError, match="without a distribution"):
+            cut = verify.keep_top(torch.tensor([[[0.0, bad, 1.0]]]), torch.ones(1), torch.tensor([0.5]), torch.tensor([2]))
+            accept(cut, None, torch.empty(1, 0, dtype=torch.int64), uniforms(1, 1))
