@@ -14,7 +14,6 @@ The extras (requirements-hf.txt) are imported only here, and only when they are 
 import argparse
 import importlib
 import json
-import re
 import shutil
 import sys
 import time
@@ -202,8 +201,9 @@ def load_eagle3(directory, raw, target):
             raise UserError(f"{directory}: t2d and d2t do not name the same ids")
         vocabulary = vocabulary if len(vocabulary) < V else None
     draft = Draft(target, config, vocabulary)
+    weights = {name: t.float() for name, t in weights.items()}
     weights.setdefault("lm_head.weight", draft.lm_head.weight.detach())  # without one it is the target's
-    return fill_draft(draft, {name: t.float() if "embed" not in name else t for name, t in weights.items()}, directory)
+    return fill_draft(draft, weights | ({} if vocabulary is None else {"vocabulary": vocabulary}), directory)
 
 
 class Tokenizer:
@@ -307,3 +307,100 @@ def export_draft(draft, directory, origin, K):
             f"SGLang   --speculative-algorithm {sglang} --speculative-draft-model-path {directory} "
             f"--speculative-num-steps {K} --speculative-eagle-topk 1 --speculative-num-draft-tokens {K2}\n"
             f"vLLM     --speculative-config '{speculative}'")
+
+
+# ---- side by side with transformers ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def bench(args):
+    """Tokens/s of plain and of speculative decoding, ours and transformers', greedy, same prompts, one after the other.
+
+    A ratio is taken within a turn, where the arms follow one another, and the median of the turns is printed."""
+    from aurora import Request, find_draft, generate
+
+    transformers = need("transformers")
+    dtype, K = getattr(torch, args.dtype), args.num_speculative_tokens
+    target, tokenizer = load_target(args.checkpoint, dtype)
+    target.eval().config.eos_token_ids = ()  # every answer has its full length, in every arm
+    draft, _ = find_draft(args.draft, target)
+    draft = draft.to(dtype)
+    target.feature_layers = draft.feature_layers or ()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(locate(args.checkpoint), dtype=dtype).eval()
+    theirs.generation_config.eos_token_id = None
+    theirs.generation_config.pad_token_id = 0
+    assisted = None
+    if isinstance(draft, NGram):
+        assisted = {"prompt_lookup_num_tokens": K, "max_matching_ngram_size": draft.longest}
+    elif isinstance(draft, SmallModel):
+        assistant = transformers.AutoModelForCausalLM.from_pretrained(locate(args.draft), dtype=dtype).eval()
+        assistant.generation_config.update(eos_token_id=None, num_assistant_tokens=K, num_assistant_tokens_schedule="constant",
+                                           assistant_confidence_threshold=0.0)
+        assisted = {"assistant_model": assistant}
+
+    text = Path(__file__).with_name("README.md").read_text() if args.prompts is None else Path(args.prompts).read_text(encoding="utf-8")
+    prompts = [ids for ids in (tokenizer.encode(part)[:128] for part in text.split("\n\n" if args.prompts is None else "\n") if part) if len(ids) > 8]
+    acceptance = []
+
+    def ours(draft, ids):
+        trace, _ = generate(target, draft, Request(ids, args.max_new_tokens, 0, 0.0), K if draft else 0)
+        if draft:
+            acceptance.append(1 + trace.num_accepted.float().mean().item())
+        return trace.ids[len(ids) :][: args.max_new_tokens].tolist()
+
+    def generated(ids, **more):
+        return theirs.generate(torch.tensor([ids]), max_new_tokens=args.max_new_tokens, do_sample=False, **more)[0, len(ids) :].tolist()
+
+    arms = {"ours plain": lambda ids: ours(None, ids), "theirs plain": generated, "ours speculative": lambda ids: ours(draft, ids)}
+    if assisted:
+        arms["theirs assisted"] = lambda ids: generated(ids, **assisted)
+    speeds, differ, names = {name: [] for name in arms}, 0, list(arms)
+    for turn in range(-1, args.turns):  # the turn before the first warms up
+        answers = {}
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            begun = time.perf_counter()
+            answers[name] = arms[name](prompts[turn % len(prompts)])
+            if turn >= 0:
+                speeds[name].append(len(answers[name]) / (time.perf_counter() - begun))
+        differ += turn >= 0 and len(set(map(tuple, answers.values()))) > 1
+
+    quartiles = lambda x: torch.tensor(x).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    ratio = lambda a, b: quartiles([x / y for x, y in zip(speeds[a], speeds[b])]) if b in speeds else None
+    print(f"{args.checkpoint}, draft {args.draft}, K = {K}, {args.dtype}, {torch.get_num_threads()} threads, {args.turns} turns of "
+          f"{args.max_new_tokens} tokens, greedy; acceptance length {sum(acceptance) / len(acceptance):.2f}; answers differ in {differ} turns")
+    for name in arms:
+        print("{:18s} {:8.1f} tokens/s   (quartiles {:.1f} to {:.1f})".format(name, *(quartiles(speeds[name])[i] for i in (1, 0, 2))))
+    for a, b in (("ours plain", "theirs plain"), ("ours speculative", "theirs assisted"), ("ours speculative", "ours plain"),
+                 ("ours speculative", "theirs plain"), ("theirs assisted", "theirs plain")):
+        if a in speeds and b in speeds:
+            print("{:18s} / {:16s} {:6.2f}   (quartiles {:.2f} to {:.2f})".format(a, b, *(ratio(a, b)[i] for i in (1, 0, 2))))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("checkpoint", metavar="FILE|DIR|NAME")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", metavar="DIR", help="write this project's FILE in Hugging Face layout")
+    what.add_argument("--bench", action="store_true", help="against transformers' generate and its assisted generation")
+    parser.add_argument("--draft", default="ngram", metavar="ngram|DIR|NAME")
+    parser.add_argument("--num-speculative-tokens", type=int, default=4, metavar="K")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--prompts", metavar="FILE", help="a prompt a line; else the paragraphs of the README")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.bench:
+        return bench(args)
+    if Path(args.out).exists():
+        raise UserError(f"{args.out} exists: name a directory that is not there yet")
+    write_model(load_ours(args.checkpoint)[0], args.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"checkpoint: {error}", file=sys.stderr)
+        sys.exit(2)

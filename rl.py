@@ -182,7 +182,7 @@ def target_rows(draft, trace, hidden, tokens):
         if T > 0 and (trace.top_p < 1 or trace.top_k > 0):
             logits = _cut(logits, trace)
         if vocabulary is not None:
-            logits = logits.float()
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             others = logits.index_fill(-1, vocabulary, float("-inf"))
             rest = T * (others / T).logsumexp(-1) if T > 0 else others.amax(-1)
             logits = torch.cat([logits[..., vocabulary], rest[..., None]], dim=-1)

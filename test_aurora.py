@@ -1724,3 +1724,332 @@ def test_cuts_are_those_of_transformers(V):
         with pytest.raises(ValueError, match="without a distribution"):
             cut = verify.keep_top(torch.tensor([[[0.0, bad, 1.0]]]), torch.ones(1), torch.tensor([0.5]), torch.tensor([2]))
             accept(cut, None, torch.empty(1, 0, dtype=torch.int64), uniforms(1, 1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("estimator", rl.ESTIMATORS)
+def test_a_pruned_draft_learns_against_all_of_the_target(estimator, temperature, K=3):
+    """Loss and gradient in the draft's own few columns equal those over the whole vocabulary, with the ids that it
+    cannot say at -inf: the target's probabilities are not renormalised to them."""
+    target = tiny_target(gain=2.0, dtype=torch.float64)
+    draft = Draft(target, vocabulary=torch.tensor([0, 2, 3, 7, 8, 11, 15])).double()
+    trace, _ = generate(target, draft, request(new=40, temperature=temperature), K)
+    answer = trace.ids[trace.prompt_length :]
+    assert not torch.isin(answer, draft.vocabulary).all(), "the target said nothing that the draft cannot say"
+
+    def wide(logits):
+        return torch.full((*logits.shape[:-1], 17), float("-inf"), dtype=torch.float64).index_copy(-1, draft.vocabulary, logits[..., :-1])
+
+    for side in (0.0, 1.0):
+        loss = rl.Learner(draft, estimator, 1e-3, side).loss(trace)
+        if side == 0:
+            expected = rl.policy_gradient_loss(wide(rl.replay_rounds(draft, trace)), trace.target_logits[:, :-1], trace.draft_tokens,
+                                               temperature, estimator, trace.behaviour_logprobs)
+        else:
+            place = torch.arange(len(answer))[:, None] + torch.arange(K)
+            tokens = answer[place.clamp(max=len(answer) - 1)].masked_fill(place >= len(answer), -1)
+            rows = trace.answer_logits()[place.clamp(max=len(answer) - 1)]
+            expected = rl.target_side_loss(wide(rl.replay_answer(draft, trace, K)[0]), rows, tokens, temperature, estimator == "log")
+        torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-9)
+        ours, theirs = (torch.autograd.grad(x, draft.fc.weight, retain_graph=True)[0] for x in (loss, expected))
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
+        assert ours.abs().max() > 0
+
+
+def test_the_learner_cuts_as_serving_did(K=3):
+    """target_rows is what acceptance was given.  draft_rows is what the draft tokens were drawn from wherever its cut
+    kept all that the target's kept, and elsewhere has what the target kept besides, with a gradient."""
+    target = tiny_target(gain=2.0)
+    draft, more, same = tiny_draft(target), 0, 0
+    for top_p, top_k in ((0.7, 0), (1.0, 4), (0.9, 5)):
+        served, filters = [], verify.Sampling.filter
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(verify.Sampling, "filter", lambda self, logits: (served.append(filters(self, logits)), served[-1])[1])
+            trace, _ = generate(target, draft, Request(request().prompt, 40, 0, 0.9, "", top_p, top_k), K)
+        rows = [torch.cat(served[i : i + K]) for i in range(0, len(served), K + 1)], [x[0, :K] for x in served[K :: K + 1]]
+        drafted, verified = (torch.stack(x) for x in rows)  # (R, K, V)
+        target_logits, _ = rl.target_rows(draft, trace, trace.target_hidden[:, :-1], trace.draft_tokens)
+        torch.testing.assert_close(target_logits, verified, atol=1e-5, rtol=0)
+        logits = rl.draft_rows(rl.replay_rounds(draft, trace), target_logits, trace)
+        finite = drafted.isfinite()
+        torch.testing.assert_close(logits[finite], drafted[finite], atol=1e-5, rtol=0)
+        assert torch.equal(logits.isfinite(), finite | verified.isfinite())
+        given_back = verified.isfinite() & ~finite
+        more, same = more + int(given_back.any(-1).sum()), same + int((~given_back.any(-1)).sum())
+    assert more and same, "one of the two cases never occurred"
+
+
+@pytest.mark.parametrize("kind, lr, growth", [("random head under top-k", 2e-2, 1.6), ("small model", 3e-2, 1.2)])
+def test_serving_teaches_every_draft(kind, lr, growth, K=3):
+    """As above: 10 requests, and the expected accepted tokens of held-out answers have grown.  Under top-k = 2 of 16 the
+    cuts of a random draft and of the target hardly meet, so it learns only if the learner gives back what the draft's
+    own cut dropped."""
+    from draft import SmallModel
+
+    target = tiny_target(gain=2.0)
+    torch.manual_seed(0)
+    small = SmallModel(tiny_config(num_hidden_layers=2))
+    with torch.no_grad():
+        for layer in target.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.down_proj.weight.mul_(0.1)
+        for p in small.parameters():
+            if p.ndim == 2:
+                torch.nn.init.normal_(p, std=0.02)
+        small.model.embed_tokens.weight.copy_(target.model.embed_tokens.weight)
+        small.lm_head.weight.copy_(target.lm_head.weight)
+    draft, law = (small, ()) if kind == "small model" else (Draft(target), ("", 1.0, 2))
+    asking(target, draft)
+    ask = lambda seed: Request(request(seed=seed).prompt, 48, seed, 0.7, *law)
+    held = [generate(target, None, ask(1000 + i), 0)[0] for i in range(6)]
+    learner = rl.Learner(draft, "log", lr, 0.0)
+
+    def accepted():
+        with torch.no_grad():
+            return sum(-rl.target_side_loss(*rl.replay_answer(draft, x, K), 0.7).item() for x in held) / len(held)
+
+    before = accepted()
+    for seed in range(10):
+        learner.update(generate(target, draft, ask(seed), K)[0])
+    assert accepted() > growth * before, (before, accepted())
+
+
+def test_a_trace_is_small_whatever_the_vocabulary(K=4):
+    """Every round rejected at once, the most rows a token: bytes do not depend on V, grow with D as a line, and the line
+    stays under 100 KB a token at D = 2048 in float32."""
+    def per_token(D, V):
+        target = tiny_target(hidden_size=D, vocab_size=V, suppress_tokens=(), bos_token_id=None)
+        draft = RightDraft(torch.zeros(0, dtype=torch.int64))
+        draft.propose = lambda features, ids, positions, last, coins, *_: (torch.zeros(1, K, dtype=torch.int64), one_hot)
+        one_hot = torch.full((1, K, V), -1e9).index_fill_(-1, torch.tensor([0]), 0.0)
+        with torch.no_grad():
+            target.lm_head.weight[0] = 0  # with logits that vary, the target hardly ever says 0
+        trace, _ = generate(target, draft, Request([1, 2], 30, 0, 1.0), K)
+        assert trace.num_accepted.sum() <= 3
+        tensors = [x for x in vars(trace).values() if isinstance(x, torch.Tensor)]
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors), "a view keeps all of its storage alive"
+        return sum(x.nbytes for x in tensors) / (len(trace.ids) - 2), len(trace.starts) / (len(trace.ids) - 2)
+
+    (small, _), (large_v, _), (large_d, _) = per_token(32, 200), per_token(32, 20_000), per_token(64, 200)
+    assert abs(small - large_v) < 0.1 * small
+    assert small + (large_d - small) / 32 * (2048 - 32) < 100_000
+    assert (large_d - small) / 32 > 4 * (3 + K), "fewer rows than expected: nothing was shown"
+
+
+# ---- drafts in and out ---------------------------------------------------------------------------------------
+
+
+def head_and_target(checkpoint, hf, vocabulary=None):
+    target = checkpoint.load_model(hf / "target", torch.float32).eval()
+    torch.manual_seed(3)
+    draft = Draft(target, vocabulary=vocabulary)
+    with torch.no_grad():
+        for p in draft.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape))
+    return target, draft
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_exported_head_is_an_eagle3_directory(checkpoint, hf, tmp_path, pruned):
+    """Snapshot: keys, shapes, dtypes, fields.  d2t holds offsets.  Loaded back, the logits are identical."""
+    from safetensors.torch import load_file
+
+    vocabulary = torch.arange(1, 290, 3) if pruned else None
+    target, draft = head_and_target(checkpoint, hf, vocabulary)
+    said = checkpoint.export_draft(draft, tmp_path / "out", "scratch", 4)
+    assert "--speculative-algorithm EAGLE3" in said and "--speculative-num-draft-tokens 5" in said and '"method": "eagle3"' in said
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["config.json", "model.safetensors", "out"]
+    Vd, D, I, A = (97 if pruned else 290), 32, 48, 4 * 16
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    norms = {f"midlayer.{n}.weight": (D,) for n in ("hidden_norm", "input_layernorm", "post_attention_layernorm")}
+    shapes = norms | {
+        "fc.weight": (D, 3 * D), "norm.weight": (D,), "lm_head.weight": (Vd, D), "d2t": (Vd,), "t2d": (290,),
+        "midlayer.self_attn.q_proj.weight": (A, 2 * D), "midlayer.self_attn.k_proj.weight": (A // 2, 2 * D),
+        "midlayer.self_attn.v_proj.weight": (A // 2, 2 * D), "midlayer.self_attn.o_proj.weight": (D, A),
+        "midlayer.mlp.gate_proj.weight": (I, D), "midlayer.mlp.up_proj.weight": (I, D), "midlayer.mlp.down_proj.weight": (D, I)}
+    dtypes = {"d2t": torch.int64, "t2d": torch.bool}
+    assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == {n: (s, dtypes.get(n, torch.float32)) for n, s in shapes.items()}
+    known = vocabulary if pruned else torch.arange(290)
+    assert torch.equal(torch.arange(Vd) + tensors["d2t"], known) and torch.equal(tensors["t2d"].nonzero()[:, 0], known)
+    raw = json.loads((tmp_path / "out/config.json").read_text())
+    assert raw == {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+                   "mlp_bias": False, "rope_scaling": None, "torch_dtype": "float32", "eos_token_id": None, "vocab_size": 290,
+                   "draft_vocab_size": Vd, "hidden_size": D, "intermediate_size": I, "num_hidden_layers": 1, "num_attention_heads": 4,
+                   "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
+                   "tie_word_embeddings": False, "bos_token_id": 1}
+    back = checkpoint.load_draft(tmp_path / "out", target)
+    asks = Request([1, 5, 100, 7], 24, 0, 0.8)
+    first, second = (generate(target, d, asks, 3)[0] for d in (draft, back))
+    assert torch.equal(rl.replay_rounds(draft, first), rl.replay_rounds(back, first)) and torch.equal(first.ids, second.ids)
+    assert {n: tuple(t.shape) for n, t in back.state_dict().items()} == {n: tuple(t.shape) for n, t in draft.state_dict().items()}
+
+
+def test_llama3_rope_survives_the_export(checkpoint, tmp_path):
+    """transformers reads the exported fields as it read the target's."""
+    transformers = pytest.importorskip("transformers")
+    hf_model(tmp_path / "target", "llama 3")
+    target = checkpoint.load_model(tmp_path / "target", torch.float32)
+    checkpoint.export_draft(Draft(target), tmp_path / "out", "scratch", 4)
+    raw = json.loads((tmp_path / "out/config.json").read_text())
+    theirs, ours = (transformers.LlamaConfig(**json.loads((tmp_path / x / "config.json").read_text())) for x in ("target", "out"))
+    assert theirs.rope_parameters == ours.rope_parameters and raw["rope_scaling"]["rope_type"] == "llama3"
+    assert raw["max_position_embeddings"] == 512 and raw["eos_token_id"] == [3, 5]
+    assert vars(checkpoint.load_draft(tmp_path / "out", target).config) == vars(Draft(target).config)
+
+
+WRONG_HEADS = {
+    "num_hidden_layers is 2": lambda raw, w: (raw | {"num_hidden_layers": 2}, w),
+    "the draft's vocabulary is 17": lambda raw, w: (raw | {"vocab_size": 17}, w),
+    "target_hidden_size is 64": lambda raw, w: (raw | {"target_hidden_size": 64}, w),
+    "layers read": lambda raw, w: (raw | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}}, w),
+    "norm_before_residual": lambda raw, w: (raw | {"norm_before_residual": True}, w),
+    "ascending ids": lambda raw, w: (raw, w | {"d2t": w["d2t"].flip(0)}),
+    "ascending ids in": lambda raw, w: (raw, w | {"d2t": w["d2t"] + 2}),
+    "do not name the same": lambda raw, w: (raw, w | {"t2d": ~w["t2d"]}),
+    "missing": lambda raw, w: (raw, {n: t for n, t in w.items() if n != "fc.weight"}),
+    "lm_head.weight has shape": lambda raw, w: (raw, w | {"lm_head.weight": w["lm_head.weight"][:50].clone()}),
+    "embed_tokens.weight has shape": lambda raw, w: (raw, w | {"embed_tokens.weight": torch.zeros(290, 16)}),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_HEADS)
+def test_heads_of_another_make_are_refused(checkpoint, hf, tmp_path, message):
+    from safetensors.torch import load_file, save_file
+
+    target, draft = head_and_target(checkpoint, hf, torch.arange(1, 290, 3))
+    checkpoint.export_draft(draft, tmp_path / "out", "scratch", 4)
+    raw, weights = WRONG_HEADS[message](json.loads((tmp_path / "out/config.json").read_text()), load_file(tmp_path / "out/model.safetensors"))
+    (tmp_path / "out/config.json").write_text(json.dumps(raw))
+    save_file({n: t.contiguous() for n, t in weights.items()}, tmp_path / "out/model.safetensors")
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_draft(tmp_path / "out", target)
+
+
+def test_the_embedding_is_the_targets_memory_unless_a_head_brings_its_own(checkpoint, hf, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    target, draft = head_and_target(checkpoint, hf)
+    weight = target.model.embed_tokens.weight
+    assert draft.embed_tokens.weight.data_ptr() == weight.data_ptr() and not draft.embed_tokens.weight.requires_grad
+    before = weight.clone()
+    checkpoint.export_draft(draft, tmp_path / "out", "scratch", 4)
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    for embedding, shared in ((weight.detach().clone(), True), (weight.detach() + 1, False)):
+        save_file(tensors | {"embed_tokens.weight": embedding}, tmp_path / "out/model.safetensors")
+        back = checkpoint.load_draft(tmp_path / "out", target)
+        assert torch.equal(back.embed_tokens.weight, embedding) and torch.equal(weight, before), "the target was written over"
+        assert (back.embed_tokens.weight.data_ptr() == weight.data_ptr()) == shared and not back.embed_tokens.weight.requires_grad
+    checkpoint.export_draft(back, tmp_path / "again", "scratch", 4)
+    assert torch.equal(load_file(tmp_path / "again/model.safetensors")["embed_tokens.weight"], weight + 1)
+
+
+def test_exported_small_model_assists_in_transformers(checkpoint, hf, tmp_path):
+    """What was learned is what they load: same logits; and generate(assistant_model=...) says what generate says."""
+    transformers = pytest.importorskip("transformers")
+    target = checkpoint.load_model(hf / "target", torch.float32)
+    small = checkpoint.load_draft(hf / "small", target)
+    with torch.no_grad():
+        small.lm_head.weight.add_(0.1)
+    said = checkpoint.export_draft(small, tmp_path / "out", hf / "small", 4)
+    assert "STANDALONE" in said and '"method": "draft_model"' in said and (tmp_path / "out/tokenizer.json").exists()
+    ids = torch.randint(3, 290, (1, 40), generator=torch.Generator().manual_seed(0))
+    theirs, assistant = (transformers.AutoModelForCausalLM.from_pretrained(x) for x in (hf / "target", tmp_path / "out"))
+    with torch.no_grad():
+        torch.testing.assert_close(assistant(ids).logits, small.logits(small(ids)[0]), atol=1e-4, rtol=0)
+    answers = [theirs.generate(ids, max_new_tokens=12, do_sample=False, **more) for more in ({}, {"assistant_model": assistant})]
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("variant", [{}, dict(attention_bias=True, tie_word_embeddings=True), dict(qk_norm=True)])
+def test_our_checkpoints_in_hugging_face_layout(checkpoint, tmp_path, variant):
+    """The embedded kind of target, and the other families: same logits in transformers, but for the suppressed ids."""
+    transformers = pytest.importorskip("transformers")
+    target = tiny_target(**variant)
+    save(tmp_path / "t.pt", target.config, target.state_dict(), {})
+    checkpoint.main([f"{tmp_path}/t.pt", "--out", f"{tmp_path}/out"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.randint(0, 16, (1, 60))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits[..., :16], target.logits(target(ids)[0])[..., :16], atol=1e-4, rtol=0)
+    assert theirs.generation_config.suppress_tokens == [16] and theirs.config.model_type == {0: "llama", 2: "qwen2", 1: "qwen3"}[len(variant)]
+    with pytest.raises(UserError, match="exists"):
+        checkpoint.main([f"{tmp_path}/t.pt", "--out", f"{tmp_path}/out"])
+
+
+# ---- the driver on real checkpoints --------------------------------------------------------------------------
+
+
+def serve(hf, *more):
+    aurora.main(["--target", f"{hf}/target", "--prompts", f"{hf}/prompts.txt", "--max-new-tokens", "10", *map(str, more)])
+
+
+def test_driver_serves_saves_resumes_and_exports_a_pruned_head(checkpoint, hf, tmp_path, capsys):
+    """The pruning is fixed at creation: the lowest ids and the end tokens; a resumed run keeps it, so does an export."""
+    edit(hf / "target/config.json", eos_token_id=280)
+    try:
+        serve(hf, "--draft-vocab", 50, "--save", tmp_path / "kept", "--top-p", 0.9, "--top-k", 40)
+        serve(hf, "--draft", tmp_path / "kept", "--save", tmp_path / "kept", "--export", tmp_path / "out")
+        assert "50 of 290 ids" in (said := capsys.readouterr().out) and "top-p 0.9, top-k 40" in said and f"exported to {tmp_path}/out" in said
+        serve(hf, "--draft", tmp_path / "out", "--save", tmp_path / "again", "--num-speculative-tokens", 2)
+        serve(hf, "--draft", tmp_path / "again", "--no-learn", "--dtype", "bfloat16")
+    finally:
+        edit(hf / "target/config.json", eos_token_id=None)
+    last, other = (torch.load(tmp_path / x / "draft.pt", weights_only=True)["weights"] for x in ("kept/v000008", "again/v000004"))
+    assert last["vocabulary"].tolist() == other["vocabulary"].tolist() == [*range(49), 280]
+    assert not torch.equal(last["fc.weight"], other["fc.weight"]) and checkpoint.read_tensors(tmp_path / "out")["fc.weight"].equal(last["fc.weight"])
+
+
+def test_driver_serves_a_small_model_and_prompt_lookup(checkpoint, hf, tmp_path, capsys):
+    serve(hf, "--draft", hf / "small", "--save", tmp_path / "kept", "--export", tmp_path / "out", "--compare", "--static", "ngram")
+    serve(hf, "--draft", tmp_path / "kept", "--no-learn", "--compare", "--static", hf / "small")
+    kept = torch.load(tmp_path / "kept/v000004/draft.pt", weights_only=True)["weights"]
+    out, given = checkpoint.read_tensors(tmp_path / "out"), checkpoint.read_tensors(hf / "small")
+    assert all(torch.equal(out[n], kept[n]) for n in kept) and not torch.equal(out["model.norm.weight"], given["model.norm.weight"])
+    serve(hf, "--draft", "ngram", "--log", tmp_path / "log")
+    lines = [json.loads(x) for x in (tmp_path / "log").read_text().splitlines() if '"online"' in x]
+    assert all(x["accepted"] <= x["drafted"] <= 4 * x["rounds"] for x in lines) and any(x["drafted"] < 4 * x["rounds"] for x in lines)
+    assert "prompt lookup" in capsys.readouterr().out
+    aurora.main(["--target", f"{hf}/target", "--draft", "ngram", "--prompt", "the quick <s> brown fox", "--max-new-tokens", "9"])
+    captured = capsys.readouterr()
+    assert "9 tokens" in captured.err and captured.out
+
+
+BAD_CHECKPOINTS = {
+    "7 layers|4 layers": ["--target", "SHALLOW"],
+    "the draft's vocabulary is 211, the target's 290": ["--draft", "SHALLOW"],
+    "vocabulary is 257, the target's 290": ["--draft", "static"],
+    "must be of one kind": ["--draft", "SMALL", "--compare", "--static", "HEAD"],
+    "only 1 token": ["--prompt", "the", "--draft", "ngram"],
+    "nothing to --save": ["--draft", "ngram", "--save", "NEW"],
+    "not there yet": ["--export", "SMALL"],
+    "top-p must": ["--top-p", "0"],
+    "top-k must": ["--top-k", "-1"],
+    "says only 290 ids": ["--draft-vocab", "291"],
+    "goes with none of": ["--prompt", "x", "--export", "NEW"],
+    "cannot read .*config.json": ["--target", "FOLDER"],
+    "context of 64": ["--draft", "SHORT", "--max-new-tokens", "60"],
+}
+
+
+@pytest.mark.parametrize("message", BAD_CHECKPOINTS)
+def test_bad_checkpoints_are_one_clear_line(checkpoint, hf, tmp_path, message):
+    hf_model(tmp_path / "shallow", layers=4)
+    bpe(tmp_path / "shallow")
+    if "HEAD" in BAD_CHECKPOINTS[message]:
+        checkpoint.export_draft(head_and_target(checkpoint, hf)[1], tmp_path / "head", "scratch", 4)
+    if "only 1" in message:
+        inner = json.loads((hf / "target/tokenizer.json").read_text())
+        edit(hf / "target/tokenizer.json", post_processor=None)
+    hf_model(tmp_path / "short", "llama", layers=2, vocab_size=290, max_position_embeddings=64)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/model.safetensors").write_bytes((hf / "small/model.safetensors").read_bytes())
+    names = {"SMALL": hf / "small", **{n: tmp_path / n.lower() for n in ("SHALLOW", "HEAD", "NEW", "FOLDER", "SHORT")}}
+    try:
+        with pytest.raises(UserError, match=message) as error:
+            prompts = [] if "--prompt" in BAD_CHECKPOINTS[message] else ["--prompts", f"{hf}/prompts.txt"]
+            aurora.main(["--target", f"{hf}/target", *prompts, *(str(names.get(a, a)) for a in BAD_CHECKPOINTS[message])])
+        assert "\n" not in str(error.value)
+    finally:
+        if "only 1" in message:
+            (hf / "target/tokenizer.json").write_text(json.dumps(inner))
