@@ -542,7 +542,7 @@ def find_draft(name, target, vocabulary=0):
 def lowest_ids(config, N):
     """N ids, the end tokens among them, ascending: a byte-pair vocabulary is numbered in the order of its merges, so low
     ids are the common ones."""
-    allowed = [i for i in range(config.vocab_size) if i not in set(config.suppress_tokens)]
+    allowed = [i for i in range(config.vocab_size) if i not in config.suppress_tokens]
     if N > len(allowed):
         raise UserError(f"--draft-vocab {N}: the target says only {len(allowed)} ids")
     first = dict.fromkeys([*config.eos_token_ids, *allowed])

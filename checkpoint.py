@@ -101,7 +101,7 @@ def read_config(directory, raw, tensors):
         refuse(f"{kind} is a mixture of experts, which is not supported")
     if kind not in ("llama", "qwen2", "qwen3"):
         refuse(f"model_type {kind!r} is not supported: expected llama, qwen2 or qwen3")
-    if raw.get("quantization_config") or any(not t.is_floating_point() or t.element_size() < 2 for n, t in tensors.items() if n != "d2t" and n != "t2d"):
+    if raw.get("quantization_config") or any(t.element_size() < 2 or not t.is_floating_point() for n, t in tensors.items() if n not in ("d2t", "t2d")):
         refuse("its weights are quantised, which is not supported")
     sliding = raw.get("use_sliding_window", raw.get("sliding_window") is not None)
     if sliding or any(layer != "full_attention" for layer in raw.get("layer_types") or ()):
@@ -142,14 +142,15 @@ def load_model(directory, dtype, kind=Transformer):
     """Built without memory, then filled with the mapped tensors themselves, converted one by one where dtype differs."""
     tensors = read_tensors(directory)
     config = read_config(directory, read_json(directory / "config.json"), tensors)
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-        embedding = tensors["model.embed_tokens.weight"]
-        if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
-            raise UserError(f"{directory}: tie_word_embeddings is set, but lm_head.weight is not the embedding")
+    tied = config.tie_word_embeddings and tensors.get("model.embed_tokens.weight")
+    if torch.is_tensor(tied) and not torch.equal(tensors.pop("lm_head.weight", tied), tied):
+        raise UserError(f"{directory}: tie_word_embeddings is set, but lm_head.weight is not the embedding")
     with torch.device("meta"):
         model = kind(config)
-    for name in tensors:  # in place: a tensor that was converted no longer needs its mapping
+    for name in tensors:  # one by one: what is converted lets go of its mapping
         tensors[name] = tensors[name].to(dtype)
+    if torch.is_tensor(tied):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     fill(model, tensors, directory, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -185,7 +186,8 @@ def load_eagle3(directory, raw, target):
     layers = (raw.get("eagle_config") or raw).get("eagle_aux_hidden_state_layer_ids") or target.feature_layers
     expected = ((config.num_hidden_layers, 1, "num_hidden_layers"), (config.hidden_size, D, "hidden_size"),
                 (raw.get("target_hidden_size") or D, D, "target_hidden_size"), (tuple(layers), target.feature_layers, "layers read"),
-                (bool(raw.get("norm_before_residual")), False, "norm_before_residual"))
+                (bool(raw.get("norm_before_residual")), False, "norm_before_residual"),
+                (config.attention_bias or config.output_bias or config.qk_norm, False, "having biases or q/k norms"))
     for found, wanted, what in expected:
         if found != wanted:
             raise UserError(f"{directory}: {what} is {found}, expected {wanted} for this target")
@@ -283,7 +285,6 @@ def write_model(model, directory):
 
 def export_draft(draft, directory, origin, K):
     """The draft where engines can load it; returns how to serve it."""
-    K2 = K + 1
     if isinstance(draft, SmallModel):
         write_model(draft, directory)
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -305,7 +306,7 @@ def export_draft(draft, directory, origin, K):
     speculative = json.dumps({"method": vllm, "model": str(directory), "num_speculative_tokens": K})
     return (f"exported to {directory}\n"
             f"SGLang   --speculative-algorithm {sglang} --speculative-draft-model-path {directory} "
-            f"--speculative-num-steps {K} --speculative-eagle-topk 1 --speculative-num-draft-tokens {K2}\n"
+            f"--speculative-num-steps {K} --speculative-eagle-topk 1 --speculative-num-draft-tokens {K + 1}\n"
             f"vLLM     --speculative-config '{speculative}'")
 
 
@@ -365,15 +366,16 @@ def bench(args):
         differ += turn >= 0 and len(set(map(tuple, answers.values()))) > 1
 
     quartiles = lambda x: torch.tensor(x).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    ratio = lambda a, b: quartiles([x / y for x, y in zip(speeds[a], speeds[b])]) if b in speeds else None
     print(f"{args.checkpoint}, draft {args.draft}, K = {K}, {args.dtype}, {torch.get_num_threads()} threads, {args.turns} turns of "
           f"{args.max_new_tokens} tokens, greedy; acceptance length {sum(acceptance) / len(acceptance):.2f}; answers differ in {differ} turns")
     for name in arms:
-        print("{:18s} {:8.1f} tokens/s   (quartiles {:.1f} to {:.1f})".format(name, *(quartiles(speeds[name])[i] for i in (1, 0, 2))))
+        low, median, high = quartiles(speeds[name])
+        print(f"{name:18s} {median:8.1f} tokens/s   (quartiles {low:.1f} to {high:.1f})")
     for a, b in (("ours plain", "theirs plain"), ("ours speculative", "theirs assisted"), ("ours speculative", "ours plain"),
                  ("ours speculative", "theirs plain"), ("theirs assisted", "theirs plain")):
         if a in speeds and b in speeds:
-            print("{:18s} / {:16s} {:6.2f}   (quartiles {:.2f} to {:.2f})".format(a, b, *(ratio(a, b)[i] for i in (1, 0, 2))))
+            low, median, high = quartiles([x / y for x, y in zip(speeds[a], speeds[b])])
+            print(f"{a:18s} / {b:16s} {median:6.2f}   (quartiles {low:.2f} to {high:.2f})")
 
 
 def main(argv=None):

@@ -1907,6 +1907,7 @@ WRONG_HEADS = {
     "ascending ids": lambda raw, w: (raw, w | {"d2t": w["d2t"].flip(0)}),
     "ascending ids in": lambda raw, w: (raw, w | {"d2t": w["d2t"] + 2}),
     "do not name the same": lambda raw, w: (raw, w | {"t2d": ~w["t2d"]}),
+    "having biases": lambda raw, w: (raw, w | {"midlayer.self_attn.q_proj.bias": torch.zeros(64)}),
     "missing": lambda raw, w: (raw, {n: t for n, t in w.items() if n != "fc.weight"}),
     "lm_head.weight has shape": lambda raw, w: (raw, w | {"lm_head.weight": w["lm_head.weight"][:50].clone()}),
     "embed_tokens.weight has shape": lambda raw, w: (raw, w | {"embed_tokens.weight": torch.zeros(290, 16)}),

@@ -67,7 +67,7 @@ def keep_top(logits, temperature, top_p, top_k):
     on = (temperature > 0) & ((top_p < 1) | (top_k < V))
     scale = torch.where(on, temperature, 1.0)
     total = (logits.double() / scale).logsumexp(-1, keepdim=True)
-    for n in (min(V, first), V):  # the largest 1024 nearly always tell; if the last of them is kept, all must be sorted
+    for n in sorted({min(V, first), V}):  # the largest 1024 nearly always tell; if the last of them is kept, all must be sorted
         ordered = logits.topk(n, -1).values
         z = (ordered.double() / scale).masked_fill(torch.arange(n, device=logits.device) >= top_k, float("-inf"))
         mass = (z - torch.where(top_k <= n, z.logsumexp(-1, keepdim=True), total)).exp()
