@@ -74,17 +74,15 @@ def read_tensors(directory):
     """-> {name: tensor}, views of the mapped files: nothing is read before it is used."""
     index = directory / "model.safetensors.index.json"
     files = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
-    tensors = {}
+    tensors, safe_open = {}, need("safetensors").safe_open
     for name in files:
         path = directory / name
         if Path(name).name != name or not path.is_file():
             pickles = " (pickles are never read: convert them to safetensors)" if list(directory.glob("*.bin")) else ""
             raise UserError(f"{directory}: no {name}{pickles}")
         try:
-            with need("safetensors").safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}
-        except UserError:
-            raise
         except Exception as error:  # a truncated or foreign file
             raise UserError(f"{path} is not a whole safetensors file ({type(error).__name__})") from None
     return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # old files keep that table
@@ -142,14 +140,15 @@ def load_model(directory, dtype, kind=Transformer):
     """Built without memory, then filled with the mapped tensors themselves, converted one by one where dtype differs."""
     tensors = read_tensors(directory)
     config = read_config(directory, read_json(directory / "config.json"), tensors)
-    tied = config.tie_word_embeddings and tensors.get("model.embed_tokens.weight")
-    if torch.is_tensor(tied) and not torch.equal(tensors.pop("lm_head.weight", tied), tied):
+    embedding = tensors.get("model.embed_tokens.weight")
+    tied = config.tie_word_embeddings and embedding is not None
+    if tied and not torch.equal(tensors.pop("lm_head.weight", embedding), embedding):
         raise UserError(f"{directory}: tie_word_embeddings is set, but lm_head.weight is not the embedding")
     with torch.device("meta"):
         model = kind(config)
     for name in tensors:  # one by one: what is converted lets go of its mapping
         tensors[name] = tensors[name].to(dtype)
-    if torch.is_tensor(tied):
+    if tied:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     fill(model, tensors, directory, assign=True)
     if config.tie_word_embeddings:
@@ -210,10 +209,9 @@ def load_eagle3(directory, raw, target):
 
 class Tokenizer:
     def __init__(self, directory, config):
+        library = need("tokenizers")
         try:
-            self.inner = need("tokenizers").Tokenizer.from_file(str(directory / "tokenizer.json"))
-        except UserError:
-            raise
+            self.inner = library.Tokenizer.from_file(str(directory / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{directory}: no tokenizer.json that can be read ({str(error).splitlines()[0]})") from None
         self.inner.no_truncation()
@@ -328,15 +326,14 @@ def bench(args):
     draft = draft.to(dtype)
     target.feature_layers = draft.feature_layers or ()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(locate(args.checkpoint), dtype=dtype).eval()
-    theirs.generation_config.eos_token_id = None
-    theirs.generation_config.pad_token_id = 0
+    theirs.generation_config.update(eos_token_id=None, pad_token_id=0)
     assisted = None
     if isinstance(draft, NGram):
         assisted = {"prompt_lookup_num_tokens": K, "max_matching_ngram_size": draft.longest}
     elif isinstance(draft, SmallModel):
         assistant = transformers.AutoModelForCausalLM.from_pretrained(locate(args.draft), dtype=dtype).eval()
-        assistant.generation_config.update(eos_token_id=None, num_assistant_tokens=K, num_assistant_tokens_schedule="constant",
-                                           assistant_confidence_threshold=0.0)
+        assistant.generation_config.update(
+            eos_token_id=None, num_assistant_tokens=K, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0)
         assisted = {"assistant_model": assistant}
 
     text = Path(__file__).with_name("README.md").read_text() if args.prompts is None else Path(args.prompts).read_text(encoding="utf-8")
@@ -383,7 +380,7 @@ def main(argv=None):
     parser.add_argument("checkpoint", metavar="FILE|DIR|NAME")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", metavar="DIR", help="write this project's FILE in Hugging Face layout")
-    what.add_argument("--bench", action="store_true", help="against transformers' generate and its assisted generation")
+    what.add_argument("--bench", action="store_true", help="against transformers, plain and assisted")
     parser.add_argument("--draft", default="ngram", metavar="ngram|DIR|NAME")
     parser.add_argument("--num-speculative-tokens", type=int, default=4, metavar="K")
     parser.add_argument("--max-new-tokens", type=int, default=64)

@@ -1320,7 +1320,7 @@ HF_KINDS = {  # what to build with transformers: (class, what differs from the s
     "llama": ("Llama", dict(num_key_value_heads=4)),
     "llama tied": ("Llama", dict(tie_word_embeddings=True, head_dim=16)),
     "llama biased": ("Llama", dict(attention_bias=True)),
-    "llama 3": ("Llama", dict(rope_parameters=LLAMA3_ROPE | {"rope_theta": 5e4}, eos_token_id=[3, 5])),
+    "llama 3": ("Llama", dict(head_dim=16, rope_parameters=LLAMA3_ROPE | {"rope_theta": 1e3}, eos_token_id=[3, 5])),  # some frequencies blend
     "qwen2": ("Qwen2", dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
     "qwen2 tied": ("Qwen2", dict(tie_word_embeddings=True)),
     "qwen3": ("Qwen3", dict(head_dim=16)),
@@ -1706,7 +1706,7 @@ def test_cuts_are_those_of_transformers(V):
     batch with their own; long tails that do not fit into the first look included; ties stay together."""
     warpers = pytest.importorskip("transformers.generation.logits_process")
     logits = torch.randn(6, 2, V, generator=torch.Generator().manual_seed(V)).double() * torch.tensor([0.1, 1, 3, 1, 0.01, 2])[:, None, None]
-    temperature = torch.tensor([1.0, 0.7, 1.3, 0.0, 1.0, 2.0], dtype=torch.float64)
+    temperature = torch.tensor([1.0, 0.7, 1.3, 0.0, 1.0, 1.1], dtype=torch.float64)
     top_p, top_k = torch.tensor([0.5, 0.9, 1.0, 0.5, 0.95, 0.7], dtype=torch.float64), torch.tensor([0, 0, 7, 3, 0, V // 2])
     got = verify.keep_top(logits, temperature, top_p, top_k)
     for b in range(6):
@@ -1718,6 +1718,7 @@ def test_cuts_are_those_of_transformers(V):
             expected = warpers.TopPLogitsWarper(float(top_p[b]))(None, expected)
         assert torch.equal(got[b].isfinite(), expected.isfinite())
         assert torch.equal(got[b][got[b].isfinite()], logits[b][got[b].isfinite()])
+        assert torch.equal(verify.keep_top(*(x[b : b + 1] for x in (logits, temperature, top_p, top_k))), got[b : b + 1])
     assert torch.equal(verify.keep_top(logits, temperature, torch.ones(6), torch.zeros(6, dtype=torch.int64)), logits)
     one = lambda x, p, k: verify.keep_top(torch.tensor([x]), torch.ones(1), torch.tensor([p]), torch.tensor([k]))[0].isfinite().tolist()
     assert one([2.0, 1.0, 1.0, 0.0], 1.0, 2) == [True, True, True, False]  # equals stay together
@@ -1915,6 +1916,19 @@ WRONG_HEADS = {
     "lm_head.weight has shape": lambda raw, w: (raw, w | {"lm_head.weight": w["lm_head.weight"][:50].clone()}),
     "embed_tokens.weight has shape": lambda raw, w: (raw, w | {"embed_tokens.weight": torch.zeros(290, 16)}),
 }
+
+
+def test_a_head_of_other_sizes_keeps_them(checkpoint, hf, tmp_path):
+    """Loaded from its directory and again from what --save kept of it; a head of this project must fit the target."""
+    target = checkpoint.load_model(hf / "target", torch.float32)
+    other = Draft(target, replace(Draft(target).config, intermediate_size=40, num_attention_heads=2, num_key_value_heads=1, rope_theta=7e3))
+    checkpoint.export_draft(other, tmp_path / "out", "scratch", 4)
+    serve(hf, "--draft", tmp_path / "out", "--save", tmp_path / "kept", "--no-learn")
+    back, _ = aurora.find_draft(str(tmp_path / "kept"), target)
+    assert back.config == other.config and all(torch.equal(a, b) for a, b in zip(back.parameters(), other.parameters()))
+    save(tmp_path / "d.pt", other.config, other.state_dict(), {})
+    with pytest.raises(UserError, match="they differ in intermediate_size"):
+        aurora.find_draft(str(tmp_path / "d.pt"), target)
 
 
 @pytest.mark.parametrize("message", WRONG_HEADS)
