@@ -70,8 +70,7 @@ class Generation:
         self.target, self.draft, self.requests, self.K = target, draft, requests, K
         self.device = device = target.lm_head.weight.device
         self.generators = [torch.Generator().manual_seed(r.seed) for r in requests]
-        column = lambda name, dtype: torch.tensor([getattr(r, name) for r in requests], dtype=dtype, device=device)
-        self.sampling = Sampling(*(column(*c) for c in (("temperature", torch.float64), ("top_p", torch.float64), ("top_k", torch.int64))))
+        self.sampling = Sampling([(r.temperature, r.top_p, r.top_k) for r in requests], device)
         self.stops = torch.tensor(target.config.eos_token_ids, dtype=torch.int64, device=device)
         self.length = torch.tensor([len(r.prompt) for r in requests], device=device)
         self.end = self.length + torch.tensor([r.max_new_tokens for r in requests], device=device)
@@ -107,7 +106,8 @@ class Generation:
 
         # Verify: the last committed token and the drafted ones, at positions length-1 .. length-1+K.
         block = torch.cat([self.last_token, draft_tokens.clamp(min=0)], dim=1)  # (B, K+1)
-        positions = (self.length - 1)[:, None] + torch.arange(K + 1, device=self.device)
+        place = torch.arange(K + 1, device=self.device)
+        positions = (self.length - 1)[:, None] + place
         hidden, features = self.target(block, positions, self.target_cache)
         target_logits = self.sampling.filter(self.target.logits(hidden))  # (B, K+1, V)
         num_accepted, next_token = accept(target_logits, draft_logits, draft_tokens, uniforms[:, K:], self.sampling.temperature)
@@ -118,7 +118,7 @@ class Generation:
         self.last_token = next_token[:, None]
         following = torch.cat([draft_tokens, self.last_token], 1).scatter(1, num_accepted[:, None], self.last_token)
         if len(self.stops):  # the answer ends with the first stop token, drafted or not
-            stop = torch.isin(following, self.stops) & (positions - positions[:, :1] <= num_accepted[:, None]) & active[:, None]
+            stop = torch.isin(following, self.stops) & (place <= num_accepted[:, None]) & active[:, None]
             num_accepted = torch.where(stop.any(1), stop.int().argmax(1), num_accepted)
             self.end = torch.where(stop.any(1), self.length + num_accepted + 1, self.end)
         self.fresh = features, following, positions, num_accepted
@@ -371,6 +371,8 @@ def arguments(argv):
         parser.error(f"--temperature must be 0 (greedy) or at least 0.01, got {args.temperature}")
     if not 0 < args.top_p <= 1:
         parser.error(f"--top-p must lie in 0..1 and not be 0, got {args.top_p}")
+    if args.draft_vocab and args.draft != "scratch":
+        parser.error("--draft-vocab goes with --draft scratch: what a draft can say is fixed when it is made")
     if args.draft == "ngram" and (args.save or args.export):
         parser.error("--draft ngram has no weights: nothing to --save or --export")
     args.no_learn = args.no_learn or args.draft == "ngram"
@@ -403,8 +405,11 @@ def check_outputs(args, parser):
             Path(args.save).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             parser.error(f"cannot save in {args.save}: {error.strerror}")
-    if args.export is not None and (not args.export or Path(args.export).exists()):
-        parser.error(f"--export needs a directory that is not there yet, got {args.export!r}")
+    if args.export is not None:
+        if not args.export or Path(args.export).exists() or not os.access(Path(args.export).absolute().parent, os.W_OK):
+            parser.error(f"--export needs a directory that is not there yet, in one that can be written, got {args.export!r}")
+        if not importlib.util.find_spec("safetensors"):
+            parser.error("--export needs safetensors: pip install -r requirements-hf.txt")
     if args.plot:
         if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
             parser.error(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")

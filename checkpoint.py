@@ -26,28 +26,26 @@ from draft import Draft, NGram, SmallModel, fill_draft
 from model import Config, Transformer, UserError, add_tables, fill
 from model import load_target as load_ours
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "head_dim", "max_position_embeddings")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def need(module):
+def need(module, what="this checkpoint"):
     """An optional extra, or one line that says what to install."""
     try:
         return importlib.import_module(module)
     except ImportError:
         package = module.split(".")[0]
         where = "requirements-test.txt" if package == "transformers" else "requirements-hf.txt"
-        raise UserError(f"this checkpoint needs {package}: pip install -r {where}") from None
+        raise UserError(f"{what} needs {package}: pip install -r {where}") from None
 
 
 def locate(name):
     """A directory as it is; any other name is fetched from the hub, or found where it was fetched before."""
     if Path(name).is_dir():
         return Path(name)
-    try:
-        hub = need("huggingface_hub")
-    except UserError as error:
-        raise UserError(f"{name} is no directory here; to fetch it from the hub, {error}") from None
+    hub = need("huggingface_hub", f"{name} is no directory here, and fetching it from the hub")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["*/*"]))
     except Exception as error:  # a dozen kinds: offline, no such name, no permission
@@ -90,7 +88,13 @@ def read_tensors(directory):
 
 def read_config(directory, raw, tensors):
     """config.json -> Config, or the reason why this model cannot be run here."""
+    try:
+        return understand(directory, raw, tensors)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # a text where a number belongs, and the like
+        raise UserError(f"{directory}: config.json cannot be understood ({type(error).__name__}: {error})") from None
 
+
+def understand(directory, raw, tensors):
     def refuse(reason):
         raise UserError(f"{directory}: {reason}")
 
@@ -106,9 +110,14 @@ def read_config(directory, raw, tensors):
         refuse("attention with a sliding window is not supported")
     if raw.get("hidden_act", "silu") != "silu":
         refuse(f"hidden_act {raw['hidden_act']!r} is not supported: expected silu")
+    raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
+    raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     for name in SIZES:
         if type(raw.get(name)) is not int or raw[name] < 1:
             refuse(f"config.json has {name} = {raw.get(name)!r}, expected a positive whole number")
+
+    if raw["num_attention_heads"] % raw["num_key_value_heads"] or raw["head_dim"] % 2:
+        refuse("its heads do not divide into groups, or their width into halves")
 
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 and 4
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -123,21 +132,18 @@ def read_config(directory, raw, tensors):
     eos = read_json(generation).get("eos_token_id") if generation.exists() else None
     eos = raw.get("eos_token_id") if eos is None else eos
     some_layer = lambda suffix: any(name.endswith(suffix) for name in tensors)
-    heads = raw["num_attention_heads"]
     return Config(
         **{name: raw[name] for name in SIZES},
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
         rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
         rope_scaling={k: float(rope[k]) for k in LLAMA3} if rope_type == "llama3" else None,
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         attention_bias=some_layer("q_proj.bias"), output_bias=some_layer("o_proj.bias"), qk_norm=some_layer("q_norm.weight"),
-        bos_token_id=raw.get("bos_token_id"), eos_token_ids=tuple(eos if isinstance(eos, list) else [eos] if eos is not None else []))
+        bos_token_id=raw.get("bos_token_id"), eos_token_ids=tuple(int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None))
 
 
 def load_model(directory, dtype, kind=Transformer):
-    """Built without memory, then filled with the mapped tensors themselves, converted one by one where dtype differs."""
+    """Built without memory, then filled with the mapped tensors themselves, or with their conversions, made one by one."""
     tensors = read_tensors(directory)
     config = read_config(directory, read_json(directory / "config.json"), tensors)
     embedding = tensors.get("model.embed_tokens.weight")
@@ -146,7 +152,7 @@ def load_model(directory, dtype, kind=Transformer):
         raise UserError(f"{directory}: tie_word_embeddings is set, but lm_head.weight is not the embedding")
     with torch.device("meta"):
         model = kind(config)
-    for name in tensors:  # one by one: what is converted lets go of its mapping
+    for name in tensors:
         tensors[name] = tensors[name].to(dtype)
     if tied:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -250,7 +256,7 @@ class Tokenizer:
 def config_json(config, dtype, **changes):
     """Our Config as transformers, SGLang and vLLM read it; RoPE in the spelling of transformers 4, which 5 reads too."""
     kind = "qwen3" if config.qk_norm else "qwen2" if config.attention_bias and not config.output_bias else "llama"
-    names = (*SIZES, "num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps", "tie_word_embeddings", "bos_token_id")
+    names = (*SIZES, "rope_theta", "rms_norm_eps", "tie_word_embeddings", "bos_token_id")
     scaling = config.rope_scaling and {"rope_type": "llama3"} | config.rope_scaling
     eos = list(config.eos_token_ids)
     return {"architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind, "hidden_act": "silu",
@@ -277,7 +283,7 @@ def write_model(model, directory):
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     raw = config_json(config, model.lm_head.weight.dtype)
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": raw["eos_token_id"], "suppress_tokens": list(config.suppress_tokens) or None}
+    generation = {name: raw[name] for name in ("bos_token_id", "eos_token_id")} | {"suppress_tokens": list(config.suppress_tokens) or None}
     write(directory, tensors, config=raw, generation_config=generation)
 
 
@@ -337,7 +343,8 @@ def bench(args):
         assisted = {"assistant_model": assistant}
 
     text = Path(__file__).with_name("README.md").read_text() if args.prompts is None else Path(args.prompts).read_text(encoding="utf-8")
-    prompts = [ids for ids in (tokenizer.encode(part)[:128] for part in text.split("\n\n" if args.prompts is None else "\n") if part) if len(ids) > 8]
+    parts = filter(None, text.split("\n\n" if args.prompts is None else "\n"))
+    prompts = [ids for ids in (tokenizer.encode(part)[:128] for part in parts) if len(ids) > 8]
     acceptance = []
 
     def ours(draft, ids):

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 
 from model import UserError
-from verify import keep_top
+from verify import Sampling
 
 ESTIMATORS = ("reinforce", "expected", "log")
 
@@ -175,12 +175,10 @@ def target_rows(draft, trace, hidden, tokens):
 
     A draft with V_draft ids of its own gets V_draft + 1 columns, the last one for all the others together: after softmax
     the target's probabilities on the draft's ids are as large as before."""
-    vocabulary, T = draft.vocabulary, trace.temperature
+    vocabulary, T, law = draft.vocabulary, trace.temperature, _law(trace, hidden.device)
     rows = []
     for part in hidden.split(64):  # V numbers a row are not kept if the draft has fewer
-        logits = trace.head(part)
-        if T > 0 and (trace.top_p < 1 or trace.top_k > 0):
-            logits = _cut(logits, trace)
+        logits = law.filter(trace.head(part))
         if vocabulary is not None:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             others = logits.index_fill(-1, vocabulary, float("-inf"))
@@ -196,16 +194,15 @@ def target_rows(draft, trace, hidden, tokens):
 
 def draft_rows(draft_logits, target_logits, trace):
     """The draft's logits (R, K, V) as they served, but nothing that the target kept is cut."""
-    if trace.temperature == 0 or (trace.top_p == 1 and trace.top_k == 0):
+    law = _law(trace, draft_logits.device)
+    if not law.cuts:
         return draft_logits
-    cut = _cut(draft_logits.detach(), trace).isneginf() & target_logits.isneginf()
+    cut = law.filter(draft_logits.detach()).isneginf() & target_logits.isneginf()
     return draft_logits.masked_fill(cut, float("-inf"))
 
 
-def _cut(logits, trace):
-    law = torch.float64, torch.float64, torch.int64
-    values = trace.temperature, trace.top_p, trace.top_k
-    return keep_top(logits, *(torch.tensor([x], dtype=d, device=logits.device) for x, d in zip(values, law)))
+def _law(trace, device):
+    return Sampling([(trace.temperature, trace.top_p, trace.top_k)], device)
 
 
 def replay_rounds(draft, trace):

@@ -1373,7 +1373,10 @@ def test_logits_are_those_of_transformers(checkpoint, tmp_path, kind):
             got.append(ours(ids[:, at : at + width], torch.arange(at, at + width).expand(2, -1), cache)[0])
             at += width
         torch.testing.assert_close(ours.logits(torch.cat(got, 1)), expected, atol=1e-4, rtol=0)
-    assert expected.std() > 0.5, "logits that hardly differ show nothing"
+        assert expected.std() > 0.5, "logits that hardly differ show nothing"
+        half = checkpoint.load_model(tmp_path, torch.bfloat16)
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+        assert (half.logits(half(ids)[0]).float() - expected).abs().mean() < 0.05 * expected.std()
 
 
 @pytest.mark.parametrize("kind", ["llama 3", "qwen3"])
@@ -1410,6 +1413,11 @@ REFUSED = {  # what the message must say: changes of config.json
     "the same in every layer": dict(rope_parameters={"full_attention": {"rope_type": "default"}}),
     "hidden_act 'gelu'": dict(hidden_act="gelu"),
     "num_hidden_layers = '2'": dict(num_hidden_layers="2"),
+    "num_key_value_heads = '2'": dict(num_key_value_heads="2"),
+    "do not divide": dict(num_key_value_heads=3),
+    "cannot be understood": dict(rope_parameters="default"),
+    "understood .TypeError": dict(rope_parameters={"rope_theta": [1e4]}),
+    "understood .ValueError": dict(eos_token_id="</s>"),
     "vocab_size = None": dict(vocab_size=None),
     "missing": dict(num_hidden_layers=3),
     "not known to this model": dict(num_hidden_layers=1),
@@ -1660,7 +1668,7 @@ def test_prompt_lookup():
     assert look([5, 6, 7, 6]) == [7, 6, 7, 6] and look([4, 4]) == [4, 4, 4, 4]  # a copy goes on with itself
     assert look([1, 2, 3]) == [-1] * 4 and look([1]) == [-1] * 4
     cache = draft.new_cache(2, 12)  # rows of different lengths: what lies past a row's last token is not text
-    sampling = verify.Sampling(torch.zeros(2), torch.ones(2), torch.zeros(2, dtype=torch.int64))
+    sampling = verify.Sampling([(0.0, 1.0, 0)] * 2)
     ids, positions = torch.tensor([[3, 4, 3, 4], [8, 9, 8, 9]]), torch.arange(4).expand(2, -1)
     tokens, logits = draft.propose(None, ids, positions, torch.tensor([3, 2]), torch.zeros(2, 2), sampling, cache)
     assert logits is None and tokens.tolist() == [[3, 4], [9, 8]]
@@ -2044,6 +2052,7 @@ BAD_CHECKPOINTS = {
     "top-p must": ["--top-p", "0"],
     "top-k must": ["--top-k", "-1"],
     "says only 290 ids": ["--draft-vocab", "291"],
+    "goes with --draft scratch": ["--draft-vocab", "29", "--draft", "ngram"],
     "goes with none of": ["--prompt", "x", "--export", "NEW"],
     "cannot read .*config.json": ["--target", "FOLDER"],
     "context of 64": ["--draft", "SHORT", "--max-new-tokens", "60"],

@@ -79,11 +79,14 @@ def keep_top(logits, temperature, top_p, top_k):
 
 
 class Sampling:
-    """How the logits of B rows become distributions: (B,) temperature float64, top_p float64 and top_k int64."""
+    """How the logits of B rows become distributions: laws [(temperature, top_p, top_k)], one for each row."""
 
-    def __init__(self, temperature, top_p, top_k):
-        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-        self.cuts = bool(((top_p < 1) | (top_k > 0)).any())
+    def __init__(self, laws, device=None):
+        temperature, top_p, top_k = zip(*laws)
+        self.temperature = torch.tensor(temperature, dtype=torch.float64, device=device)  # (B,) each
+        self.top_p = torch.tensor(top_p, dtype=torch.float64, device=device)
+        self.top_k = torch.tensor(top_k, dtype=torch.int64, device=device)
+        self.cuts = any(p < 1 or k > 0 for _, p, k in laws)
 
     def filter(self, logits):
         """(B, ..., V) -> the same, -inf where a row's top-k and top-p cut."""
