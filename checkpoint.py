@@ -6,9 +6,7 @@
 
 Weights are safetensors, memory-mapped: what is already in the dtype asked for is never copied.  No pickle is read and no
 code of a checkpoint is run.  The tensors decide what a model has (biases, q/k norms), config.json what they mean, and what
-is not understood is refused by name: a silent fallback would cost more than an error.
-
-The extras (requirements-hf.txt) are imported only here, and only when they are needed.
+is not understood is refused by name.  The extras (requirements-hf.txt) are imported here, and only when needed.
 """
 
 import argparse
@@ -36,9 +34,8 @@ def need(module, what="this checkpoint"):
     try:
         return importlib.import_module(module)
     except ImportError:
-        package = module.split(".")[0]
-        where = "requirements-test.txt" if package == "transformers" else "requirements-hf.txt"
-        raise UserError(f"{what} needs {package}: pip install -r {where}") from None
+        where = "requirements-test.txt" if module == "transformers" else "requirements-hf.txt"
+        raise UserError(f"{what} needs {module.split('.')[0]}: pip install -r {where}") from None
 
 
 def locate(name):
@@ -55,14 +52,9 @@ def locate(name):
 
 def read_json(path):
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path} is not JSON") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'expected a JSON object'}") from None
 
 
 # ---- in ------------------------------------------------------------------------------------------------
@@ -125,21 +117,22 @@ def understand(directory, raw, tensors):
         refuse(f"RoPE of type {rope_type!r} is not supported: expected default or llama3, the same in every layer")
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) not in (1, None):
         refuse("RoPE over a part of the head is not supported")
-    if rope_type == "llama3" and not all(isinstance(rope.get(k), (int, float)) for k in LLAMA3):
+    if rope_type == "llama3" and not all(isinstance(rope.get(k), (int, float)) and rope[k] > 0 for k in LLAMA3):
         refuse(f"RoPE of type llama3 needs {', '.join(LLAMA3)}")
 
     generation = directory / "generation_config.json"
-    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
-    eos = raw.get("eos_token_id") if eos is None else eos
+    generation = read_json(generation) if generation.exists() else {}
+    eos = raw.get("eos_token_id") if generation.get("eos_token_id") is None else generation["eos_token_id"]
     some_layer = lambda suffix: any(name.endswith(suffix) for name in tensors)
     return Config(
         **{name: raw[name] for name in SIZES},
         rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-        rope_scaling={k: float(rope[k]) for k in LLAMA3} if rope_type == "llama3" else None,
+        rope_scaling={k: rope[k] for k in LLAMA3} if rope_type == "llama3" else None,
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         attention_bias=some_layer("q_proj.bias"), output_bias=some_layer("o_proj.bias"), qk_norm=some_layer("q_norm.weight"),
-        bos_token_id=raw.get("bos_token_id"), eos_token_ids=tuple(int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None))
+        suppress_tokens=tuple(generation.get("suppress_tokens") or ()), bos_token_id=raw.get("bos_token_id"),
+        eos_token_ids=tuple(int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None))
 
 
 def load_model(directory, dtype, kind=Transformer):
@@ -291,16 +284,14 @@ def export_draft(draft, directory, origin, K):
     """The draft where engines can load it; returns how to serve it."""
     if isinstance(draft, SmallModel):
         write_model(draft, directory)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if Path(origin, name).is_file():
-                shutil.copy(Path(origin, name), directory)
+        for file in Path(origin).glob("tokenizer*.json"):
+            shutil.copy(file, directory)
         sglang, vllm = "STANDALONE", "draft_model"
     else:
         config, tensors = draft.config, dict(draft.state_dict())
-        V = config.vocab_size
-        vocabulary = tensors.pop("vocabulary", torch.arange(V)).cpu()
+        vocabulary = tensors.pop("vocabulary", torch.arange(config.vocab_size)).cpu()
         tensors["d2t"] = vocabulary - torch.arange(len(vocabulary))
-        tensors["t2d"] = torch.zeros(V, dtype=torch.bool).index_fill_(0, vocabulary, True)
+        tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, vocabulary, True)
         if not draft.own_embedding:
             del tensors["embed_tokens.weight"]  # engines take the target's
         raw = config_json(config, draft.fc.weight.dtype, architectures=["LlamaForCausalLMEagle3"], model_type="llama",
@@ -319,21 +310,20 @@ def export_draft(draft, directory, origin, K):
 
 @torch.no_grad()
 def bench(args):
-    """Tokens/s of plain and of speculative decoding, ours and transformers', greedy, same prompts, one after the other.
+    """Tokens/s of plain and of speculative decoding, ours and transformers', greedy, on the same prompts.
 
-    A ratio is taken within a turn, where the arms follow one another, and the median of the turns is printed."""
+    A ratio is taken within a turn, where the arms follow one another; what is printed is the median of the turns."""
     from aurora import Request, find_draft, generate
 
     transformers = need("transformers")
     dtype, K = getattr(torch, args.dtype), args.num_speculative_tokens
     target, tokenizer = load_target(args.checkpoint, dtype)
     target.eval().config.eos_token_ids = ()  # every answer has its full length, in every arm
-    draft, _ = find_draft(args.draft, target)
-    draft = draft.to(dtype)
+    draft = find_draft(args.draft, target)[0].to(dtype)
     target.feature_layers = draft.feature_layers or ()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(locate(args.checkpoint), dtype=dtype).eval()
     theirs.generation_config.update(eos_token_id=None, pad_token_id=0)
-    assisted = None
+    assisted = {}
     if isinstance(draft, NGram):
         assisted = {"prompt_lookup_num_tokens": K, "max_matching_ngram_size": draft.longest}
     elif isinstance(draft, SmallModel):
@@ -342,9 +332,8 @@ def bench(args):
             eos_token_id=None, num_assistant_tokens=K, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0)
         assisted = {"assistant_model": assistant}
 
-    text = Path(__file__).with_name("README.md").read_text() if args.prompts is None else Path(args.prompts).read_text(encoding="utf-8")
-    parts = filter(None, text.split("\n\n" if args.prompts is None else "\n"))
-    prompts = [ids for ids in (tokenizer.encode(part)[:128] for part in parts) if len(ids) > 8]
+    lines = filter(None, Path(args.prompts).read_text(encoding="utf-8").split("\n"))
+    prompts = [ids for ids in (tokenizer.encode(line)[:128] for line in lines) if len(ids) > 8]
     acceptance = []
 
     def ours(draft, ids):
@@ -369,17 +358,15 @@ def bench(args):
                 speeds[name].append(len(answers[name]) / (time.perf_counter() - begun))
         differ += turn >= 0 and len(set(map(tuple, answers.values()))) > 1
 
-    quartiles = lambda x: torch.tensor(x).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    ratios = (("ours plain", "theirs plain"), ("ours speculative", "theirs assisted"), ("ours speculative", "ours plain"),
+              ("ours speculative", "theirs plain"), ("theirs assisted", "theirs plain"))
+    rows = {f"{name}, tokens/s": values for name, values in speeds.items()}
+    rows |= {f"{a} / {b}": [x / y for x, y in zip(speeds[a], speeds[b])] for a, b in ratios if {a, b} <= set(arms)}
     print(f"{args.checkpoint}, draft {args.draft}, K = {K}, {args.dtype}, {torch.get_num_threads()} threads, {args.turns} turns of "
           f"{args.max_new_tokens} tokens, greedy; acceptance length {sum(acceptance) / len(acceptance):.2f}; answers differ in {differ} turns")
-    for name in arms:
-        low, median, high = quartiles(speeds[name])
-        print(f"{name:18s} {median:8.1f} tokens/s   (quartiles {low:.1f} to {high:.1f})")
-    for a, b in (("ours plain", "theirs plain"), ("ours speculative", "theirs assisted"), ("ours speculative", "ours plain"),
-                 ("ours speculative", "theirs plain"), ("theirs assisted", "theirs plain")):
-        if a in speeds and b in speeds:
-            low, median, high = quartiles([x / y for x, y in zip(speeds[a], speeds[b])])
-            print(f"{a:18s} / {b:16s} {median:6.2f}   (quartiles {low:.2f} to {high:.2f})")
+    for name, values in rows.items():
+        low, median, high = torch.tensor(values).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        print(f"{name:34s} {median:8.2f}   (quartiles {low:.2f} to {high:.2f})")
 
 
 def main(argv=None):
@@ -392,7 +379,7 @@ def main(argv=None):
     parser.add_argument("--num-speculative-tokens", type=int, default=4, metavar="K")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--turns", type=int, default=12)
-    parser.add_argument("--prompts", metavar="FILE", help="a prompt a line; else the paragraphs of the README")
+    parser.add_argument("--prompts", metavar="FILE", default=Path(__file__).with_name("README.md"), help="a prompt a line")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
