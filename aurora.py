@@ -3,6 +3,7 @@
     python aurora.py                                the demo: three kinds of traffic, a draft that starts from nothing
     python aurora.py --draft static --compare       plain, static and online, side by side on the same requests
     python aurora.py --prompt "def main():"         one answer, drafted tokens coloured
+    python aurora.py --target DIR --draft ngram     a Hugging Face checkpoint, and a draft that needs no model
 
 For every request: draft K tokens, verify them with the target, commit what it accepts and one token of its own;
 when the answer is complete, its trace is the draft's next lesson, and the next request is served by what it learned.
@@ -21,6 +22,7 @@ import copy
 import importlib.util
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -33,11 +35,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from draft import Draft, DraftLength, FixedLength, load_draft
+from draft import Draft, DraftLength, FixedLength, NGram, load_draft
 from model import UserError, load_target, save
 from pretrain import CLASSES, traffic
 from rl import ESTIMATORS, Learner, Trace
-from verify import NoDistribution, accept, kernel
+from verify import NoDistribution, Sampling, accept, kernel
 
 HERE = Path(__file__).parent
 ARMS = ("plain", "static", "online")
@@ -55,6 +57,8 @@ class Request:
     seed: int
     temperature: float
     kind: str = "prompts"  # class of traffic
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps all
 
 
 class Generation:
@@ -69,7 +73,8 @@ class Generation:
         self.target, self.draft, self.requests, self.K = target, draft, requests, K
         self.device = device = target.lm_head.weight.device
         self.generators = [torch.Generator().manual_seed(r.seed) for r in requests]
-        self.temperature = torch.tensor([r.temperature for r in requests], dtype=torch.float64, device=device)
+        self.sampling = Sampling([(r.temperature, r.top_p, r.top_k) for r in requests], device)
+        self.stopped = [False] * len(requests)
         self.committed = [list(r.prompt) for r in requests]
         self.rounds = [[] for _ in requests]
         slots = max(len(r.prompt) + r.max_new_tokens for r in requests) + 2 * K + 1
@@ -83,7 +88,7 @@ class Generation:
         self.unread = [[f] for f in self.prompt_features]
 
     def active(self, b):
-        return len(self.committed[b]) < len(self.requests[b].prompt) + self.requests[b].max_new_tokens
+        return not self.stopped[b] and len(self.committed[b]) < len(self.requests[b].prompt) + self.requests[b].max_new_tokens
 
     @property
     def done(self):
@@ -100,14 +105,16 @@ class Generation:
         # Draft.
         draft_tokens, draft_logits = torch.empty(len(self.requests), 0, dtype=torch.int64, device=self.device), None
         if K:
-            draft_tokens, draft_logits = self.draft.propose(*self.fresh(), uniforms[:, :K], self.temperature, self.draft_cache)
+            draft_tokens, draft_logits = self.draft.propose(*self.fresh(), uniforms[:, :K], self.sampling, self.draft_cache)
 
         # Verify: the last committed token and the drafted ones, at positions length-1 .. length-1+K.
         last_token = torch.tensor([ids[-1:] for ids in self.committed], device=self.device)
         positions = (length - 1)[:, None] + torch.arange(K + 1, device=self.device)
-        hidden, features = self.target(torch.cat([last_token, draft_tokens], dim=1), positions, self.target_cache)
-        target_logits = self.target.logits(hidden)  # (B, K+1, V)
-        num_accepted, next_token = accept(target_logits, draft_logits, draft_tokens, uniforms[:, K:], self.temperature)
+        block = torch.cat([last_token, draft_tokens.clamp(min=0)], dim=1)  # (B, K+1)
+        hidden, features = self.target(block, positions, self.target_cache)
+        target_logits = self.sampling.filter(self.target.logits(hidden))  # (B, K+1, V)
+        num_accepted, next_token = accept(target_logits, draft_logits, draft_tokens, uniforms[:, K:], self.sampling.temperature)
+        behaviour = self.sampling.logprobs(draft_logits, draft_tokens)  # (B, K)
 
         # Commit: nothing is undone, the next round goes on from `length` and writes over what was rejected.
         output = []
@@ -116,12 +123,15 @@ class Generation:
             if not self.active(b):  # a finished row stands still
                 output.append(None)
                 continue
+            kept = drafted[b][:n] + [own]
+            n = next((i for i, token in enumerate(kept) if token in self.target.config.eos_token_ids), n)
+            self.stopped[b] = kept[n] in self.target.config.eos_token_ids  # the answer ends with its first stop token, whose ever
             if K:
                 self.unread[b].clear()
             self.unread[b].append(features[b, : n + 1])
-            self.rounds[b].append((length[b] - 2, draft_tokens[b], draft_logits[b] if K else None, target_logits[b], features[b, : n + 1], n))
-            self.committed[b] += drafted[b][:n] + [own]
-            output.append((drafted[b][:n], own))
+            self.rounds[b].append((length[b] - 2, draft_tokens[b], behaviour[b], hidden[b], features[b, : n + 1], n))
+            self.committed[b] += kept[: n + 1]
+            output.append((kept[:n], kept[n]))
         return output
 
     def fresh(self):
@@ -137,19 +147,14 @@ class Generation:
     def trace(self, b, version=0):
         """Rounds that drafted less than the longest one are padded: tokens with -1, the rest with 0."""
         request = self.requests[b]
-        starts, draft_tokens, draft_logits, target_logits, features, accepted = zip(*self.rounds[b])
-        behaviour = [torch.zeros(len(tokens), device=self.device) for tokens in draft_tokens]  # greedy proposals are certain
-        if request.temperature > 0:
-            behaviour = [zeros if logits is None else
-                         (logits.float() / request.temperature).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-                         for zeros, tokens, logits in zip(behaviour, draft_tokens, draft_logits)]
+        starts, draft_tokens, behaviour, hidden, features, accepted = zip(*self.rounds[b])
         return Trace(
             ids=torch.tensor(self.committed[b], device=self.device), prompt_length=len(request.prompt),
             features=torch.cat([self.prompt_features[b], *features]), starts=torch.stack(starts),
             draft_tokens=pad_sequence(draft_tokens, batch_first=True, padding_value=-1),
             behaviour_logprobs=pad_sequence(behaviour, batch_first=True),
-            target_logits=pad_sequence(target_logits, batch_first=True), num_accepted=torch.tensor(accepted),
-            temperature=request.temperature, version=version)
+            target_hidden=pad_sequence(hidden, batch_first=True), head=self.target.logits, num_accepted=torch.tensor(accepted),
+            temperature=request.temperature, version=version, top_p=request.top_p, top_k=request.top_k)
 
 
 def rounds(generation, draft_length):
@@ -192,19 +197,27 @@ def aurora(target, served, learner, static, requests, K, args, journal):
             journal.record(arm, request, trace, seconds, **learning)
 
 
-def draft_lengths(target, draft, args):
-    """One rule for each arm; in auto, both know what a round of every length costs here and now."""
+def draft_lengths(target, online, static, args):
+    """The rule of each arm that drafts: a fixed number, or what is best by what rounds of every length cost here and now."""
     if args.num_speculative_tokens != "auto":
         return dict.fromkeys(("static", "online"), FixedLength(args.num_speculative_tokens))
-    generation = Generation(target, draft, [Request([0] * PROMPT_LENGTH, 100 * LONGEST, 0, args.temperature)], LONGEST)
+    costs = {}
+    for draft in filter(None, (online, static)):
+        if type(draft) not in costs:
+            costs[type(draft)] = seconds_per_round(target, draft, args.temperature)
+    return {arm: DraftLength(costs[type(draft)]) for arm, draft in (("static", static), ("online", online)) if draft}
+
+
+def seconds_per_round(target, draft, temperature):
+    """Of rounds with 0, 1, .. LONGEST drafted tokens: the best of seven, because more is what else the machine was doing."""
+    generation = Generation(target, draft, [Request([0] * PROMPT_LENGTH, 100 * LONGEST, 0, temperature)], LONGEST)
     seconds = [[] for _ in range(LONGEST + 1)]
-    for _ in range(7):
+    for _ in tqdm(range(7), desc="timing rounds", leave=False, disable=None, delay=2):
         for K in range(LONGEST, -1, -1):
             begun = time.perf_counter()
             generation.round(K)
             seconds[K].append(time.perf_counter() - begun)
-    seconds = [min(s) for s in seconds]  # more is what else the machine was doing
-    return {arm: DraftLength(seconds) for arm in ("static", "online")}
+    return [min(s) for s in seconds]
 
 
 def plan(requests, compare):
@@ -367,9 +380,10 @@ def length(text):
 def arguments(argv):
     parser = Parser(prog="aurora.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("models")
-    group.add_argument("--target", default=str(HERE / "weights/target.pt"), metavar="FILE")
-    group.add_argument("--draft", default="scratch", metavar="scratch|static|FILE|DIR", help="where the online draft starts; DIR resumes what --save kept")
-    group.add_argument("--static", default=str(HERE / "weights/draft.pt"), metavar="FILE", help="the draft that never learns")
+    group.add_argument("--target", default=str(HERE / "weights/target.pt"), metavar="FILE|DIR|NAME", help="of this project, a Hugging Face directory, or a name on its hub")
+    group.add_argument("--draft", default="scratch", metavar="scratch|static|ngram|FILE|DIR|NAME", help="where the online draft starts: DIR resumes what --save kept, or is an EAGLE-3 head or a small language model; ngram looks up the prompt")
+    group.add_argument("--static", default=str(HERE / "weights/draft.pt"), metavar="ngram|FILE|DIR|NAME", help="the draft that never learns")
+    group.add_argument("--draft-vocab", type=int, default=0, metavar="N", help="ids that a scratch draft can say: the lowest and the end tokens; 0 is all")
     group = parser.add_argument_group("traffic")
     group.add_argument("--traffic", default=",".join(CLASSES), help="classes, served one after the other")
     group.add_argument("--requests", type=int, default=12, help="per class")
@@ -381,6 +395,8 @@ def arguments(argv):
     group.add_argument("--num-speculative-tokens", type=length, default="auto", metavar="K",
                        help=f"drafted tokens a round; auto: from 0 to {LONGEST}, whatever is fastest at the time")
     group.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    group.add_argument("--top-p", type=float, default=1.0, help="1 is off")
+    group.add_argument("--top-k", type=int, default=0, help="0 is off")
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("learning")
     group.add_argument("--estimator", choices=ESTIMATORS, default="log")
@@ -395,6 +411,7 @@ def arguments(argv):
     group.add_argument("--log", metavar="FILE.jsonl")
     group.add_argument("--plot", metavar="FILE.png", help="acceptance length over requests (needs matplotlib)")
     group.add_argument("--save", metavar="DIR", help="keep the learned drafts and the learner's state")
+    group.add_argument("--export", metavar="DIR", help="write the learned draft as SGLang, vLLM and transformers read it")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="cpu")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -402,13 +419,20 @@ def arguments(argv):
     args = parser.parse_args(argv)
     steps = 3 if args.draft == "scratch" else 1
     args = argparse.Namespace(**{"steps": steps} | vars(args))
-    for name, low in (("requests", 1), ("max_new_tokens", 1), ("steps", 1), ("publish_every", 1), ("threads", 0)):
+    for name, low in (("requests", 1), ("max_new_tokens", 1), ("steps", 1), ("publish_every", 1), ("threads", 0), ("top_k", 0), ("draft_vocab", 0)):
         if getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
     if args.num_speculative_tokens != "auto" and args.num_speculative_tokens < 1:
         parser.error(f"--num-speculative-tokens must be auto or at least 1, got {args.num_speculative_tokens}")
     if args.temperature and not 0.01 <= args.temperature < float("inf"):
         parser.error(f"--temperature must be 0 (greedy) or at least 0.01, got {args.temperature}")
+    if not 0 < args.top_p <= 1:
+        parser.error(f"--top-p must lie in 0..1 and not be 0, got {args.top_p}")
+    if args.draft_vocab and args.draft != "scratch":
+        parser.error("--draft-vocab goes with --draft scratch: what a draft can say is fixed when it is made")
+    if args.draft == "ngram" and (args.save or args.export):
+        parser.error("--draft ngram has no weights: nothing to --save or --export")
+    args.no_learn = args.no_learn or args.draft == "ngram"
     if not 0 < args.lr < float("inf"):
         parser.error(f"--lr must be positive, got {args.lr}")
     if not 0 <= args.target_side <= 1:
@@ -424,8 +448,8 @@ def check_outputs(args, parser):
     files = [path for path in (args.report, args.log, args.plot) if path is not None]
     if len({Path(path).absolute() for path in files}) < len(files):
         parser.error("--report, --log and --plot must be different files")
-    if args.prompt is not None and (files or args.save or args.compare):
-        parser.error("--prompt only answers: it goes with none of --report, --log, --plot, --save, --compare")
+    if args.prompt is not None and (files or args.save or args.export or args.compare):
+        parser.error("--prompt only answers: it goes with none of --report, --log, --plot, --save, --export, --compare")
     for path in files:
         if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
             parser.error(f"cannot write {path}: it is a directory, or the one it should stand in does not exist or is locked")
@@ -438,6 +462,11 @@ def check_outputs(args, parser):
             Path(args.save).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             parser.error(f"cannot save in {args.save}: {error.strerror}")
+    if args.export is not None:
+        if not args.export or Path(args.export).exists() or not os.access(Path(args.export).absolute().parent, os.W_OK):
+            parser.error(f"--export needs a directory that is not there yet, in one that can be written, got {args.export!r}")
+        if not importlib.util.find_spec("safetensors"):
+            parser.error("--export needs safetensors: pip install -r requirements-hf.txt")
     if args.plot:
         if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
             parser.error(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")
@@ -445,17 +474,21 @@ def check_outputs(args, parser):
             parser.error("--plot needs matplotlib: pip install -r requirements-plot.txt")
 
 
-def encode(text, config):
-    """Bytes after the begin token: the embedded target needs no tokenizer."""
-    if (config.vocab_size, config.bos_token_id) != (257, 256):
-        raise UserError(f"this target is not byte-level: its vocabulary is {config.vocab_size} and its begin token "
-                        f"{config.bos_token_id}, expected 257 and 256")
-    if not text:
-        raise UserError("the prompt is empty: give at least one character")
-    try:
-        return [config.bos_token_id, *text.encode()]
-    except UnicodeEncodeError:
-        raise UserError("the prompt is not valid Unicode text") from None
+class Bytes:
+    """The embedded target needs no tokenizer: bytes after the begin token."""
+
+    def __init__(self, config):
+        if (config.vocab_size, config.bos_token_id) != (257, 256):
+            raise UserError(f"this target is not byte-level: its vocabulary is {config.vocab_size} and its begin token "
+                            f"{config.bos_token_id}, expected 257 and 256")
+
+    def encode(self, text):
+        return [256, *text.encode()]
+
+    def stream(self):
+        """-> put(token) -> text, and end() -> what is left of it."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return (lambda token: decoder.decode(bytes([token]))), (lambda: decoder.decode(b"", final=True))
 
 
 def read_prompts(path):
@@ -492,14 +525,28 @@ def built_in_prompts(args):
     return pairs
 
 
-def make_requests(pairs, args, config):
-    requests = [Request(encode(text, config), args.max_new_tokens, args.seed * 1_000_003 + i, args.temperature, kind)
+def encode(text, tokenizer):
+    """-> token ids, at least two, so that there is something that the target has read and a token that follows it."""
+    if not text:
+        raise UserError("the prompt is empty: give at least one character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not valid Unicode text") from None
+    ids = tokenizer.encode(text)
+    if len(ids) < 2:
+        raise UserError(f"the prompt {text!r} is only {len(ids)} token: give at least two")
+    return ids
+
+
+def make_requests(pairs, args, tokenizer, context):
+    requests = [Request(encode(text, tokenizer), args.max_new_tokens, args.seed * 1_000_003 + i, args.temperature, kind, args.top_p, args.top_k)
                 for i, (kind, text) in enumerate(pairs)]
     K = LONGEST if args.num_speculative_tokens == "auto" else args.num_speculative_tokens
-    room = config.max_position_embeddings - args.max_new_tokens - 2 * K - 1
+    room = context - args.max_new_tokens - 2 * K - 1
     for r in requests:
         if len(r.prompt) > room:
-            raise UserError(f"a prompt of {len(r.prompt)} tokens does not fit: the context of {config.max_position_embeddings} "
+            raise UserError(f"a prompt of {len(r.prompt)} tokens does not fit: the context of {context} "
                             f"leaves {max(0, room)} beside --max-new-tokens {args.max_new_tokens} and {K} drafted tokens")
     return requests
 
@@ -514,27 +561,61 @@ def load_models(args):
     except (ValueError, RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         raise UserError(f"the acceptance kernel: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     torch.manual_seed(args.seed)  # a scratch draft's weights
-    target, _ = load_target(args.target)
+    dtype = getattr(torch, args.dtype)
+    if is_ours(args.target):
+        target, _ = load_target(args.target)
+        tokenizer = Bytes(target.config)
+    else:
+        import checkpoint
+
+        target, tokenizer = checkpoint.load_target(args.target, dtype)
+    target = target.to(args.device, dtype).eval()
     small = sum(p.numel() for p in target.parameters()) < 50e6  # a second thread gains it nothing
     if args.threads or small:
         torch.set_num_threads(args.threads or 1)
-    state = {}
-    if args.draft == "scratch":
-        draft = Draft(target)
-    elif Path(args.draft).is_dir():
-        draft, state = load_learner(Path(args.draft), target)
-    else:
-        draft, _ = load_draft(args.static if args.draft == "static" else args.draft, target)
-    static = load_draft(args.static, target)[0] if args.compare else None
-    dtype = getattr(torch, args.dtype)
-    target = target.to(args.device, dtype).eval()
-    return target, draft.to(args.device), static.to(args.device) if static else None, state
+    draft, state = find_draft(args.static if args.draft == "static" else args.draft, target, args.draft_vocab)
+    static = find_draft(args.static, target)[0].to(args.device) if args.compare else None
+    asked = {d.feature_layers for d in (draft, static) if d and d.feature_layers is not None}
+    if len(asked) > 1:
+        raise UserError("--draft and --static must be of one kind: a head reads what the target thinks, a small model does not")
+    target.feature_layers = asked.pop() if asked else ()
+    return target, tokenizer, draft.to(args.device), static, state
+
+
+def is_ours(name):
+    """A file that this project wrote, or that is missing; all else is a directory, or a name on the hub."""
+    return Path(name).is_file() or not Path(name).is_dir() and (name.endswith(".pt") or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name))
+
+
+def find_draft(name, target, vocabulary=0):
+    """-> a draft for the target, and the state of the learner that was kept with it, if any."""
+    if name == "scratch":
+        return Draft(target, vocabulary=lowest_ids(target.config, vocabulary) if vocabulary else None), {}
+    if name == "ngram":
+        return NGram(target.config), {}
+    if is_ours(name):
+        return load_draft(name, target)[0], {}
+    if Path(name).is_dir() and not Path(name, "config.json").exists():
+        return load_learner(Path(name), target)
+    import checkpoint
+
+    return checkpoint.load_draft(name, target), {}
+
+
+def lowest_ids(config, N):
+    """N ids, the end tokens among them, ascending: a byte-pair vocabulary is numbered in the order of its merges, so low
+    ids are the common ones."""
+    allowed = [i for i in range(config.vocab_size) if i not in config.suppress_tokens]
+    if N > len(allowed):
+        raise UserError(f"--draft-vocab {N}: the target says only {len(allowed)} ids")
+    first = dict.fromkeys([*config.eos_token_ids, *allowed])
+    return torch.tensor(sorted(list(first)[:N]))
 
 
 def save_learner(directory, served, learner):
     """v000123/draft.pt, the learner's state beside it, then `latest`: what `latest` names is always whole."""
     name = f"v{learner.version:06d}"
-    save(Path(directory) / name / "draft.pt", served.config, served.state_dict(), {"version": learner.version})
+    save(Path(directory) / name / "draft.pt", served.config, served.state_dict(), {"version": learner.version, "kind": served.kind})
     torch.save(learner.state(), f"{directory}/learner.new")
     Path(f"{directory}/learner.new").replace(f"{directory}/{name}.learner.pt")
     Path(f"{directory}/latest.new").write_text(name + "\n")
@@ -558,31 +639,34 @@ def load_learner(directory, target):
         raise UserError(f"{beside} cannot be read ({type(error).__name__})") from None
 
 
-def stream(target, draft, request, args):
+def stream(target, tokenizer, draft, request, args):
     """Prints the answer as it comes: drafted tokens in one colour, the target's own in another."""
     colours = ("\033[32m", "\033[33m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    draft_length = draft_lengths(target, draft, args)["online"]
+    draft_length = draft_lengths(target, draft, None, args)["online"]
+    put, end = tokenizer.stream()
     begun, left = time.perf_counter(), request.max_new_tokens
     generation = Generation(target, draft, [request], draft_length.longest)
     for ((kept, own),) in rounds(generation, draft_length):
         for token, colour in [(t, colours[0]) for t in kept] + [(own, colours[1])]:
             if left > 0:
-                print(colour + decoder.decode(bytes([token])), end=colours[2], flush=True)
+                print(colour + put(token), end=colours[2], flush=True)
                 left -= 1
-    print(decoder.decode(b"", final=True), end="")
+    print(end(), end="")
     seconds, trace = time.perf_counter() - begun, generation.trace(0)
-    print(f"\n\n{request.max_new_tokens} tokens in {seconds:.2f} s, {len(trace.starts)} rounds, "
-          f"{request.max_new_tokens / len(trace.starts):.2f} tokens a round", file=sys.stderr)
+    print(f"\n\n{request.max_new_tokens - left} tokens in {seconds:.2f} s, {len(trace.starts)} rounds, "
+          f"{(request.max_new_tokens - left) / len(trace.starts):.2f} tokens a round", file=sys.stderr)
 
 
 def facts(target, draft, K, args, requests):
     count = lambda model: sum(p.numel() for p in model.parameters())
     weights = count(target) * target.lm_head.weight.element_size()
-    c = target.config
+    c, layers = target.config, draft.config.num_hidden_layers
+    size = f"{count(draft) / 1e6:.1f}M parameters in {'one layer' if layers == 1 else f'{layers} layers'}" if count(draft) else "prompt lookup"
+    said = f", {len(draft.vocabulary)} of {c.vocab_size} ids" if draft.vocabulary is not None else ""
+    law = f"temperature {args.temperature}" + (f", top-p {args.top_p}" if args.top_p < 1 else "") + (f", top-k {args.top_k}" if args.top_k else "")
     print(f"target   {args.target}: {count(target) / 1e6:.1f}M parameters, {c.num_hidden_layers} layers of {c.hidden_size}, "
           f"{args.dtype}, {weights / 1e6:.0f} MB of weights a forward, {args.device}, {torch.get_num_threads()} threads\n"
-          f"draft    {args.draft}: {count(draft) / 1e6:.1f}M parameters in one layer, {K}, temperature {args.temperature}\n"
+          f"draft    {args.draft}: {size}{said}, {K}, {law}\n"
           f"verify   {'kernels.cu' if kernel(torch.device(args.device).type) else 'the torch reference'}\n"
           f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr up to {args.lr:g}, {args.steps} steps a request, a version every {args.publish_every}'}\n"
           f"traffic  {', '.join(dict.fromkeys(r.kind for r in requests))}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
@@ -591,15 +675,17 @@ def facts(target, draft, K, args, requests):
 def main(argv=None):
     args = arguments(argv)
     pairs = [("prompt", args.prompt)] if args.prompt is not None else read_prompts(args.prompts) if args.prompts is not None else None
-    target, draft, static, state = load_models(args)
-    requests = make_requests(pairs or built_in_prompts(args), args, target.config)
+    target, tokenizer, draft, static, state = load_models(args)
+    context = min(m.config.max_position_embeddings for m in (target, draft, static) if m)
+    requests = make_requests(pairs or built_in_prompts(args), args, tokenizer, context)
     if args.prompt is not None:
-        return stream(target, draft, requests[0], args)
-    K = draft_lengths(target, draft, args)
+        return stream(target, tokenizer, draft, requests[0], args)
+    K = draft_lengths(target, draft, static, args)
     learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, min(5, K["online"].longest),
                       lowest=float(args.draft == "scratch"), seed=args.seed)
     learner.restore(state)
-    served = copy.deepcopy(draft)
+    frozen = getattr(draft, "embed_tokens", None)
+    served = copy.deepcopy(draft, {id(frozen): frozen})  # the embedding is the target's own
     facts(target, draft, K["online"], args, requests)
     journal, trouble = Journal(args, len(requests)), None
     try:
@@ -614,6 +700,10 @@ def main(argv=None):
         if not trouble:  # else what served last
             served.load_state_dict(learner.publish())
         save_learner(args.save, served, learner)
+    if args.export:
+        import checkpoint
+
+        print(checkpoint.export_draft(served, args.export, args.draft, min(5, K["online"].longest)))
     if args.report:
         config = vars(args) | {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
         Path(args.report).write_text(json.dumps({"config": config, "classes": journal.report()}, indent=1) + "\n")

@@ -1,6 +1,10 @@
-"""The draft: an EAGLE-3 head (Li et al. 2503.01840) that guesses the target's next K tokens.
+"""The drafts: what guesses the target's next K tokens.  An EAGLE-3 head, a small language model, or prompt lookup.
 
-It reads three of the target's hidden states, so it starts from what the target already knows.  They are fused
+All have one interface.  `feature_layers` is what a draft asks of the target (none: the tokens alone); new_cache(B, S) is its memory of B requests;
+propose() drafts; replay() computes the logits of many rounds anew, with gradient; `vocabulary` holds the ids that it can
+say, None for all.
+
+The EAGLE-3 head (Li et al. 2503.01840), `Draft`, is the one that this project is about.  It reads three of the target's hidden states, so it starts from what the target already knows.  They are fused
 into one vector g, put beside the embedding of the token that follows, and go through one transformer layer:
 
     position t:   g_t = fc(features_t),   token x_{t+1}   ->   layer   ->   h_t   ->   head   ->   draft_q of x_{t+2}
@@ -12,7 +16,7 @@ Parameter names are those of EAGLE-3 checkpoints.  Departures: the embedding is 
 there is one chain and no tree; the layer's cache is indexed by position, like the target's.
 
 Letters: B batch rows, T tokens, K drafted tokens a round, R round starts, V vocabulary, D hidden width,
-         H heads, G key/value heads, E head width.
+         H heads, G key/value heads, E head width, S cache slots.
 """
 
 from dataclasses import replace
@@ -20,7 +24,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from model import MLP, Attention, Cache, UserError, add_tables, fill, load, rope_and_mask
+from model import MLP, Attention, Cache, Transformer, UserError, add_tables, fill, load, rope_and_mask
 from verify import inverse_cdf, probabilities
 
 
@@ -116,51 +120,66 @@ class Midlayer(nn.Module):
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
+def draw(logits, coins, sampling):
+    """One token a row: logits (B, V), coins (B,) -> (B,) int64."""
+    return inverse_cdf(probabilities(logits, sampling.temperature), coins)
+
+
 class Draft(nn.Module):
-    def __init__(self, target):
-        """Day 0: random weights, with the target's embedding (frozen) and head (trainable) copied in."""
+    def __init__(self, target, config=None, vocabulary=None):
+        """Day 0: random weights, the target's embedding (the same memory, frozen) and a copy of its head (trainable).
+
+        vocabulary (V_draft,) int64, ascending: the ids that the draft can say, fixed for its life.  A large vocabulary is
+        most of a draft's cost, and its rare ids earn little.  config: of a head that was made elsewhere."""
         super().__init__()
-        config = target.config
-        if config.num_hidden_layers < 7:
+        self.kind, self.own_embedding = "head" if config is None else "head made elsewhere", False
+        self.feature_layers = target.feature_layers
+        config = config or replace(target.config, attention_bias=False, output_bias=False, qk_norm=False,
+                                   num_hidden_layers=1, tie_word_embeddings=False)
+        if target.config.num_hidden_layers < 7:
             raise UserError(f"an EAGLE-3 draft reads what enters layers 2, L//2 and L-3, which are three different "
-                            f"layers only if L >= 7: this target has {config.num_hidden_layers} layers")
-        self.config = config = replace(config, num_hidden_layers=1, tie_word_embeddings=False)
-        D = config.hidden_size
+                            f"layers only if L >= 7: this target has {target.config.num_hidden_layers} layers")
+        self.config, D = config, config.hidden_size
         self.fc = nn.Linear(3 * D, D, bias=False)
         self.midlayer = Midlayer(config)
         self.norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
-        self.embed_tokens = nn.Embedding(config.vocab_size, D)
+        self.lm_head = nn.Linear(D, config.vocab_size if vocabulary is None else len(vocabulary), bias=False)
         for p in self.parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
+        head = target.lm_head.weight if vocabulary is None else target.lm_head.weight[vocabulary]
         with torch.no_grad():
-            self.embed_tokens.weight.copy_(target.model.embed_tokens.weight)
-            self.lm_head.weight.copy_(target.lm_head.weight)
+            self.lm_head.weight.copy_(head)
             self.norm.weight.copy_(target.model.norm.weight)
-        self.embed_tokens.weight.requires_grad_(False)
+        self.embed_tokens = nn.Embedding.from_pretrained(target.model.embed_tokens.weight.detach(), freeze=True)
+        self.register_buffer("vocabulary", vocabulary)
         add_tables(self, config)
 
+    def embed(self, ids, dtype):
+        return self.embed_tokens(ids).to(dtype)
+
     def logits(self, h):
-        """h (..., D) -> (..., V), the suppressed ids at -inf."""
-        return self.lm_head(self.norm(h)).index_fill_(-1, self.suppressed, float("-inf"))
+        """h (..., D) -> (..., V), the suppressed ids at -inf; (..., V_draft) of a draft with a vocabulary of its own."""
+        logits = self.lm_head(self.norm(h))
+        return logits.index_fill_(-1, self.suppressed, float("-inf")) if self.vocabulary is None else logits
 
     def step(self, g, ids, positions, cache):
         """One pass of the layer over the cache: g (B, T, D), ids (B, T), positions (B, T) -> h (B, T, D)."""
         cos, sin, mask = rope_and_mask(self, positions, g.dtype)
-        x = self.midlayer.attention_input(g, self.embed_tokens(ids))
+        x = self.midlayer.attention_input(g, self.embed(ids, g.dtype))
         attended = self.midlayer.self_attn(x, cos, sin, mask, positions, cache, 0)
         return self.midlayer.after_attention(g, attended)
 
     @torch.no_grad()
-    def propose(self, features, ids, positions, last, coins, temperature, cache):
+    def propose(self, features, ids, positions, last, coins, sampling, cache):
         """Draft K tokens for every row.
 
         features (B, T, 3D), ids (B, T), positions (B, T): what the target has read since the last round, each
             position with the token that follows it.  They overwrite what the draft had put there from its own
             guesses.  Row b's true entries are 0..last[b]; what comes after is padding and is written over.
-        coins (B, K) float64, one uniform per drafted token; temperature (B,) float64, 0 = argmax.
-        Returns draft_tokens (B, K) int64 and draft_logits (B, K, V), exactly what they were drawn from.
+        coins (B, K) float64, one uniform per drafted token; sampling: verify.Sampling of these rows.
+        Returns draft_tokens (B, K) int64 and draft_logits (B, K, V), exactly what they were drawn from: -inf where top-k
+        and top-p cut, and at the ids that the draft cannot say.
         """
         row = torch.arange(len(ids), device=ids.device)
         g = self.fc(features.to(self.fc.weight.dtype))
@@ -170,16 +189,22 @@ class Draft(nn.Module):
         for k in range(coins.shape[1]):
             if k > 0:
                 h = self.step(h, tokens[-1][:, None], position + k, cache)
-            logits.append(self.logits(h[:, 0]))
-            tokens.append(inverse_cdf(probabilities(logits[-1], temperature), coins[:, k]))
-        return torch.stack(tokens, 1), torch.stack(logits, 1)
+            logits.append(sampling.filter(self.logits(h[:, 0])))
+            token = draw(logits[-1], coins[:, k], sampling)
+            tokens.append(token if self.vocabulary is None else self.vocabulary[token])
+        logits = torch.stack(logits, 1)
+        if self.vocabulary is not None:
+            everything = logits.new_full((*logits.shape[:2], self.config.vocab_size), float("-inf"))
+            logits = everything.index_copy_(-1, self.vocabulary, logits)
+        return torch.stack(tokens, 1), logits
 
     def replay(self, features, ids, starts, chains):
         """The logits of many rounds at once, with gradient: what `propose` computed, without its cache.
 
         features (B, T, 3D) and ids (B, T): a sequence, each position with the token that follows it.
         starts (B, R): the position of each round's step 0.  chains (B, R, K-1): the tokens fed at steps 1..K-1.
-        Returns (B, R, K, V).  The step-0 keys of the sequence are shared by all rounds; a round adds its own
+        Returns (B, R, K, V), or (B, R, K, V_draft + 1) with a vocabulary of its own: the last column, -inf, stands for all
+        the ids that the draft cannot say.  The step-0 keys of the sequence are shared by all rounds; a round adds its own
         keys one step at a time, so the rounds are the query axis of one attention, not copies of the context."""
         layer, attention = self.midlayer, self.midlayer.self_attn
         row = torch.arange(len(ids), device=ids.device)[:, None]
@@ -187,7 +212,7 @@ class Draft(nn.Module):
         G = self.config.num_key_value_heads
 
         g = self.fc(features.to(self.fc.weight.dtype))
-        x = layer.attention_input(g, self.embed_tokens(ids))
+        x = layer.attention_input(g, self.embed(ids, g.dtype))
         q, context_k, context_v = attention.qkv(x, self.cos[None, :T, None].to(g.dtype), self.sin[None, :T, None].to(g.dtype))
         g, q = g[row, starts], q[row, starts]  # (B, R, ...)
         future = (torch.arange(T, device=ids.device) > starts[..., None])[:, None, None]  # (B, 1, 1, R, T)
@@ -195,7 +220,7 @@ class Draft(nn.Module):
         own_k, own_v, logits = [], [], []
         for k in range(K):
             if k > 0:
-                x = layer.attention_input(g, self.embed_tokens(chains[:, :, k - 1]))
+                x = layer.attention_input(g, self.embed(chains[:, :, k - 1], g.dtype))
                 place = starts + k
                 q, key, value = attention.qkv(x, self.cos[place][:, :, None].to(g.dtype), self.sin[place][:, :, None].to(g.dtype))
                 own_k.append(key)
@@ -209,20 +234,110 @@ class Draft(nn.Module):
                 out = out + weights[..., T + j].permute(0, 3, 1, 2)[..., None] * value[:, :, :, None]
             g = layer.after_attention(g, attention.o_proj(out.flatten(2)))  # (B, R, D)
             logits.append(self.logits(g))
-        return torch.stack(logits, dim=2)
+        logits = torch.stack(logits, dim=2)
+        return logits if self.vocabulary is None else nn.functional.pad(logits, (0, 1), value=float("-inf"))
 
     def new_cache(self, batch, length):
         return Cache(self.config, batch, length, self.fc.weight.device, self.fc.weight.dtype)
 
 
+class SmallModel(Transformer):
+    """A small language model with the target's vocabulary.  It needs nothing of the target but the tokens that it read,
+    and it learns like the head does: all of it."""
+
+    kind = "small model"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.feature_layers, self.vocabulary = (), None
+
+    @torch.no_grad()
+    def propose(self, features, ids, positions, last, coins, sampling, cache):
+        """As Draft.propose; features (B, T, 1) are the tokens at `positions`, ids those that follow them."""
+        row = torch.arange(len(ids), device=ids.device)
+        ids = torch.cat([features[:, :1, 0], ids], dim=1)  # the first of them is read a second time, but for the prompt's
+        positions = torch.cat([positions[:, :1], positions + 1], dim=1)
+        h = self(ids, positions, cache)[0][row, last + 1]
+        position = positions[row, last + 1][:, None]
+        tokens, logits = [], []
+        for k in range(coins.shape[1]):
+            if k > 0:
+                h = self(tokens[-1][:, None], position + k, cache)[0][:, 0]
+            logits.append(sampling.filter(self.logits(h)))
+            tokens.append(draw(logits[-1], coins[:, k], sampling))
+        return torch.stack(tokens, 1), torch.stack(logits, 1)
+
+    def replay(self, features, ids, starts, chains):
+        """As Draft.replay, in one forward of the text and, after it, all the chains.  A drafted token sees the text up to
+        its round's start and the tokens drafted before it, and stands where it stood."""
+        text = torch.cat([features[:, :1, 0], ids], dim=1)  # (B, T+1)
+        B, R, steps = chains.shape
+        T, device = text.shape[1], ids.device
+        step = torch.arange(steps, device=device)
+        positions = torch.cat([torch.arange(T, device=device).expand(B, -1), (starts[..., None] + 2 + step).flatten(1)], dim=1)
+        round_of = torch.arange(R, device=device).repeat_interleave(steps)
+        step_of = step.repeat(R)
+        own = (round_of[:, None] == round_of) & (step_of[:, None] >= step_of)  # (R * steps, R * steps)
+        before = torch.arange(T, device=device) <= (starts + 1).repeat_interleave(steps, 1)[..., None]  # (B, R * steps, T)
+        reads = torch.zeros(B, *2 * [T + R * steps], dtype=torch.bool, device=device)
+        reads[:, :T, :T] = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        reads[:, T:, :T], reads[:, T:, T:] = before, own
+        dtype = self.lm_head.weight.dtype
+        mask = torch.zeros((), dtype=dtype, device=device).where(reads, float("-inf"))[:, None]
+        hidden, _ = self(torch.cat([text, chains.flatten(1)], dim=1), positions, mask=mask)
+        first = hidden[torch.arange(B, device=device)[:, None], starts + 1][:, :, None]  # (B, R, 1, D)
+        return self.logits(torch.cat([first, hidden[:, T:].unflatten(1, (R, steps))], dim=2))
+
+
+class NGram(nn.Module):
+    """Prompt lookup: propose what followed the last `longest` tokens where they stood before (or else the last two, or
+    one).  No weights, nothing to learn, and hard to beat where a text repeats itself."""
+
+    def __init__(self, config, longest=3):
+        super().__init__()
+        self.config, self.longest, self.feature_layers, self.vocabulary = config, longest, None, None
+
+    def new_cache(self, batch, length):
+        return torch.zeros(batch, length, dtype=torch.int64)  # the text, token by token
+
+    def propose(self, features, ids, positions, last, coins, sampling, cache):
+        """As Draft.propose, but outright: no logits; -1 where nothing was found."""
+        cache[torch.arange(len(ids))[:, None], positions.cpu() + 1] = ids.cpu()
+        ends = positions.gather(1, last[:, None])[:, 0].tolist()
+        found = [self.lookup(text[1 : end + 2], coins.shape[1]) for text, end in zip(cache, ends)]
+        return torch.stack(found).to(ids.device), None
+
+    def lookup(self, text, K):
+        """(K,) int64.  The latest match counts, and a copy that reaches the end of the text goes on with itself."""
+        for n in range(min(self.longest, len(text) - 1), 0, -1):
+            matches = (text.unfold(0, n, 1)[:-1] == text[-n:]).all(1).nonzero()
+            if len(matches):
+                start = int(matches[-1]) + n
+                return text[start + torch.arange(K) % (len(text) - start)]
+        return torch.full((K,), -1)
+
+
 def load_draft(path, target):
-    """A draft that was trained for this target -> (Draft, record)."""
+    """A draft that was trained for this target -> (draft, record)."""
     config, weights, record = load(path)
-    draft = Draft(target)
-    if config.vocab_size != draft.config.vocab_size:
-        raise UserError(f"{path}: the draft's vocabulary is {config.vocab_size}, the target's {draft.config.vocab_size}: "
+    if config.vocab_size != target.config.vocab_size:
+        raise UserError(f"{path}: the draft's vocabulary is {config.vocab_size}, the target's {target.config.vocab_size}: "
                         "a draft serves the target it was made for")
+    if record.get("kind") == SmallModel.kind:  # its file looks like a target's, so it says what it is
+        return fill(SmallModel(config), weights, path), record
+    draft = Draft(target, config if record.get("kind") == "head made elsewhere" else None, weights.get("vocabulary"))
     differing = [name for name, value in vars(config).items() if value != getattr(draft.config, name)]
     if differing:
         raise UserError(f"{path}: the draft was made for another target: they differ in {', '.join(differing)}")
-    return fill(draft, weights, path), record
+    return fill_draft(draft, weights, path), record
+
+
+def fill_draft(draft, weights, path):
+    """`fill` for a head whose embedding is the target's own memory: another embedding gets memory of its own."""
+    embedding, shared = weights.get("embed_tokens.weight"), draft.embed_tokens.weight
+    draft.own_embedding = not (embedding is None or embedding.shape == shared.shape and torch.equal(embedding.to(shared), shared))
+    if not draft.own_embedding:
+        weights = weights | {"embed_tokens.weight": shared}
+    else:
+        draft.embed_tokens = nn.Embedding.from_pretrained(torch.empty_like(shared, dtype=draft.fc.weight.dtype))
+    return fill(draft, weights, path)

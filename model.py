@@ -37,9 +37,12 @@ class Config:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # biases on q, k and v (Qwen2)
+    output_bias: bool = False  # and on o (Llama with attention_bias)
     qk_norm: bool = False  # RMSNorm over each head of q and k, before RoPE (Qwen3)
     bos_token_id: int | None = None  # prepended to every prompt
     suppress_tokens: tuple = ()  # ids that are never proposed nor emitted
+    eos_token_ids: tuple = ()  # ids that end an answer
+    rope_scaling: dict | None = None  # Llama 3's, under the names of its config.json
 
 
 def add_tables(model, config):
@@ -51,9 +54,18 @@ def add_tables(model, config):
 
 
 def rope_table(config, length, device=None):
-    """cos and sin, each (length, E) float32, for positions 0..length-1."""
+    """cos and sin, each (length, E) float32, for positions 0..length-1.
+
+    Llama 3 stretches what turns less than low_freq_factor times within the context of its first training by `factor`,
+    leaves alone what turns more than high_freq_factor times, and blends the frequencies in between."""
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    angles = torch.arange(length, device=device).float()[:, None] / config.rope_theta**exponent  # (length, E/2)
+    period = config.rope_theta**exponent  # (E/2,) positions per radian
+    if config.rope_scaling:
+        c = config.rope_scaling
+        turns = c["original_max_position_embeddings"] / (2 * torch.pi * period)
+        fast = ((turns - c["low_freq_factor"]) / (c["high_freq_factor"] - c["low_freq_factor"])).clamp(0, 1)
+        period = period / (fast + (1 - fast) / c["factor"])
+    angles = torch.arange(length, device=device).float()[:, None] / period  # (length, E/2)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
@@ -92,7 +104,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(width, config.num_attention_heads * E, bias=config.attention_bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * E, bias=config.attention_bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * E, bias=config.attention_bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=config.output_bias)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(E, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(E, eps=config.rms_norm_eps)
@@ -161,15 +173,17 @@ class Transformer(nn.Module):
         L = config.num_hidden_layers
         self.feature_layers = (2, L // 2, L - 3)  # EAGLE-3's choice; read by drafts
 
-    def forward(self, ids, positions=None, cache=None):
+    def forward(self, ids, positions=None, cache=None, mask=None):
         """ids (B, T) int64 -> final hidden states (B, T, D) after the norm, features (B, T, 3D).
 
-        With a cache, positions (B, T) says where each token stands; without one, the tokens are the
-        whole sequence.  Features are the hidden states entering `feature_layers`."""
+        With a cache, positions (B, T) says where each token stands; without one, the tokens are the whole sequence,
+        or, with a mask (B, 1, T, T) that is added to the scores, whatever stands at `positions`.  Features are the
+        hidden states entering `feature_layers`; where there are none, the ids themselves, (B, T, 1)."""
         h = self.model.embed_tokens(ids)
-        if cache is None:
+        if mask is not None:
+            cos, sin = (t[positions][:, :, None].to(h.dtype) for t in (self.cos, self.sin))
+        elif cache is None:
             cos, sin = (t[None, : ids.shape[1], None].to(h.dtype) for t in (self.cos, self.sin))
-            mask = None
         else:
             cos, sin, mask = rope_and_mask(self, positions, h.dtype)
         features = []
@@ -177,7 +191,7 @@ class Transformer(nn.Module):
             if i in self.feature_layers:
                 features.append(h)
             h = layer(h, cos, sin, mask, positions, cache, i)
-        return self.model.norm(h), torch.cat(features, dim=-1) if features else None
+        return self.model.norm(h), torch.cat(features, dim=-1) if features else ids[..., None]
 
     def logits(self, hidden):
         """Final hidden states (..., D) -> logits (..., V), the suppressed ids at -inf."""
@@ -210,17 +224,17 @@ def load(path):
         raise UserError(f"{path} is not a checkpoint of this project ({type(error).__name__})") from None
 
 
-def fill(model, weights, path):
-    """Copies weights into the model: every tensor used, every parameter filled, every shape as expected."""
+def fill(model, weights, path, assign=False):
+    """Copies weights into the model, or makes them its own: every tensor used, every parameter filled, every shape right."""
     own = model.state_dict()
     for name in sorted(own.keys() ^ weights.keys()):
         raise UserError(f"{path}: tensor {name} is {'missing' if name in own else 'not known to this model'}")
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape:
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
-        if not tensor.isfinite().all():
+        if not all(x.isfinite() for x in tensor.aminmax()):  # NaN carries through; no copy of a large tensor is made
             raise UserError(f"{path}: {name} holds NaN or infinity")
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=assign)
     return model
 
 

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 import torch
 
 from model import UserError
+from verify import Sampling
 
 ESTIMATORS = ("reinforce", "expected", "log")
 FULL_SIGNAL = 1 / 6  # cosine from which on the learner takes whole steps
@@ -67,7 +68,7 @@ def _chain(draft_logits, target_logits, tokens, temperature, behaviour_logprobs)
         behaviour = p if behaviour_logprobs == "target" else q.detach() if temperature > 0 else torch.ones_like(p)
     else:
         behaviour = behaviour_logprobs.detach().to(p.dtype).exp()
-    behaviour = torch.where(real, behaviour, 1.0)
+    behaviour = torch.where(real & (behaviour > 0), behaviour, 1.0)  # 0: p rounded anew, where two ids were all but equal
     alpha = smaller.sum(-1) * real
     below = torch.where(draft_q < target_p, draft_q, 0.0).sum(-1).detach()
     return least / behaviour * real, alpha, q / behaviour * real, below
@@ -150,18 +151,87 @@ class Trace:
     starts: torch.Tensor  # (R,) position of each round's step 0
     draft_tokens: torch.Tensor  # (R, K), -1 pads a round that drafted less
     behaviour_logprobs: torch.Tensor  # (R, K) log draft_q(token) when it was drafted
-    target_logits: torch.Tensor  # (R, K+1, V), rows after a rejection too
+    target_hidden: torch.Tensor  # (R, K+1, D) after the target's norm, rows after a rejection too: D numbers a row, not V
+    head: object  # the target's frozen head: (..., D) -> (..., V) logits
     num_accepted: torch.Tensor  # (R,)
     temperature: float
     version: int  # of the draft that served
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @property
+    @torch.no_grad()
+    def target_logits(self):
+        """The target's rows (R, K+1, V), before top-k and top-p."""
+        return self.head(self.target_hidden)
 
     def drafted(self):
         """(R,) bool: the rounds that drafted at all; the others were plain decoding."""
         return (self.draft_tokens >= 0).any(1)
 
+    def answer_hidden(self):
+        """The target's rows at the answer's tokens, one a token: (len(ids) - prompt_length, D)."""
+        return torch.cat([rows[: n + 1] for rows, n in zip(self.target_hidden, self.num_accepted.tolist())])
+
+    @torch.no_grad()
     def answer_logits(self):
-        """The target's rows at the answer's tokens, one a token: (len(ids) - prompt_length, V)."""
-        return torch.cat([rows[: n + 1] for rows, n in zip(self.target_logits, self.num_accepted.tolist())])
+        return self.head(self.answer_hidden())
+
+
+# Top-k and top-p cut the target and the draft before acceptance, and the law of acceptance is that of what is left.  For
+# the draft with gradient one thing is different: an id that its own cut dropped, but the target's kept, is given back to
+# it.  Its probability would be 0 with no gradient, so it could never return; a random draft under top-k = 20 would never
+# learn at all.  Wherever the draft's cut keeps all that the target's keeps, the gradient is that of the law that served.
+
+
+@contextmanager
+def products(precision):
+    """Matrix products of float32 tensors: "medium" in bfloat16 with float32 sums, where the processor does that faster, or
+    "highest".  The draft's replay and its gradient are in the former, a fourth of the time on a Xeon with AMX; what the
+    target said, and all serving, in the latter."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@torch.no_grad()
+@products("highest")
+def target_rows(draft, trace, hidden, tokens):
+    """The target as it served, in the draft's vocabulary: hidden (N, .., D), tokens -> logits (N, .., V), tokens.
+
+    A draft with V_draft ids of its own gets V_draft + 1 columns, the last one for all the others together: after softmax
+    the target's probabilities on the draft's ids are as large as before."""
+    vocabulary, T, law = draft.vocabulary, trace.temperature, _law(trace, hidden.device)
+    rows = []
+    for part in hidden.split(64):  # V numbers a row are not kept if the draft has fewer
+        logits = law.filter(trace.head(part))
+        if vocabulary is not None:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            others = logits.index_fill(-1, vocabulary, float("-inf"))
+            rest = T * (others / T).logsumexp(-1) if T > 0 else others.amax(-1)
+            logits = torch.cat([logits[..., vocabulary], rest[..., None]], dim=-1)
+        rows.append(logits)
+    if vocabulary is not None:
+        place = torch.searchsorted(vocabulary, tokens).clamp(max=len(vocabulary) - 1)
+        own = torch.where(vocabulary[place] == tokens, place, len(vocabulary))
+        tokens = torch.where(tokens >= 0, own, -1)
+    return torch.cat(rows), tokens
+
+
+def draft_rows(draft_logits, target_logits, trace):
+    """The draft's logits (R, K, V) as they served, but nothing that the target kept is cut."""
+    law = _law(trace, draft_logits.device)
+    if not law.cuts:
+        return draft_logits
+    cut = law.filter(draft_logits.detach()).isneginf() & target_logits.isneginf()
+    return draft_logits.masked_fill(cut, float("-inf"))
+
+
+def _law(trace, device):
+    return Sampling([(trace.temperature, trace.top_p, trace.top_k)], device)
 
 
 def replay_rounds(draft, trace):
@@ -175,15 +245,16 @@ def replay_answer(draft, trace, K, places=None):
     """As if a round had started at every answer token, or at `places` (R,) of the answer, and the target's own tokens had
     been drafted.
 
-    Returns draft logits (R, K, V) with gradient, target logits (R, K, V), tokens (R, K), -1 past the end."""
-    rows, answer = trace.answer_logits(), trace.ids[trace.prompt_length :]
+    Returns draft logits (R, K, V) with gradient, target logits (R, K, V), tokens (R, K), -1 past the end; both sides as
+    they served, in the draft's vocabulary."""
+    answer = trace.ids[trace.prompt_length :]
+    rows, own = target_rows(draft, trace, trace.answer_hidden(), answer)
     places = torch.arange(len(answer), device=answer.device) if places is None else places
     place = places[:, None] + torch.arange(K, device=answer.device)  # (R, K)
     beyond, place = place >= len(answer), place.clamp(max=len(answer) - 1)
-    tokens = answer[place]
     starts = places + trace.prompt_length - 2
-    logits = draft.replay(trace.features[None], trace.ids[None, 1:], starts[None], tokens[None, :, :-1])[0]
-    return logits, rows[place], tokens.masked_fill(beyond, -1)
+    logits = draft.replay(trace.features[None], trace.ids[None, 1:], starts[None], answer[place][None, :, :-1])[0]
+    return draft_rows(logits, rows[place], trace), rows[place], own[place].masked_fill(beyond, -1)
 
 
 def optimizers(model, lr, weight_decay=0.0):
@@ -194,20 +265,10 @@ def optimizers(model, lr, weight_decay=0.0):
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = {n: p for n, p in trained if p.ndim == 2 and "embed" not in n and "head" not in n}
     rest = [p for n, p in trained if n not in matrices]
+    if not trained:  # prompt lookup
+        return []
     return [torch.optim.Muon(list(matrices.values()), lr=lr, momentum=0.95, weight_decay=weight_decay),
             torch.optim.AdamW(rest, lr=0.15 * lr, betas=(0.9, 0.95), weight_decay=0.0)]
-
-
-@contextmanager
-def bfloat16_products():
-    """Matrix products of float32 tensors in bfloat16, sums in float32, where the processor does that faster: the learner
-    alone is inside, what serves never is.  On a Xeon with AMX a float32 replay with its gradient takes four times as long."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class Learner:
@@ -241,10 +302,11 @@ class Learner:
         T, drafted, parts = trace.temperature, trace.drafted(), []
         draft_side = (1 - self.target_side) * drafted.float().mean().item()
         if draft_side > 0:
-            rounds = replay_rounds(self.draft, trace)[drafted], trace.target_logits[drafted, :-1], trace.draft_tokens[drafted]
             behaviour = trace.behaviour_logprobs[drafted]
-            loss = policy_gradient_loss(*rounds, T, self.estimator, behaviour)
-            parts.append((draft_side, loss, acceptance(*rounds, T, behaviour)))
+            target_logits, tokens = target_rows(self.draft, trace, trace.target_hidden[drafted, :-1], trace.draft_tokens[drafted])
+            logits = draft_rows(replay_rounds(self.draft, trace)[drafted], target_logits, trace)
+            loss = policy_gradient_loss(logits, target_logits, tokens, T, self.estimator, behaviour)
+            parts.append((draft_side, loss, acceptance(logits, target_logits, tokens, T, behaviour)))
         if draft_side < 1:
             places = None if self.target_side > 0 else trace.starts[~drafted] + 2 - trace.prompt_length
             answer = replay_answer(self.draft, trace, self.chain, places)
@@ -264,7 +326,7 @@ class Learner:
             if step == 0:
                 self.buffer.append(trace)
             for example in batch:
-                with bfloat16_products():
+                with products("medium"):
                     loss, learned = self.loss(example)
                     (loss / len(batch)).backward()
                 losses.append(loss.item())

@@ -5,6 +5,7 @@ would raise a false alarm with probability 1e-6 (ALARM_Z).  Models are tiny and 
 are what is tested.
 """
 
+import gc
 import itertools
 import json
 import random
@@ -401,12 +402,13 @@ def test_replay_reproduces_the_served_draft_logits(K=4):
     target = tiny_target()
     draft = tiny_draft(target)
     requests = [request(length=3 + 8 * i, new=40, seed=i, temperature=[1.0, 0.7, 1.4][i]) for i in range(3)]
-    run = Generation(target, draft, requests, K)
+    run, logits, propose = Generation(target, draft, requests, K), [], draft.propose
+    draft.propose = lambda *a: (proposed := propose(*a), logits.append(proposed[1]))[0]
     while not run.done:
         run.round()
     for b in range(3):
-        served = torch.stack([r[2] for r in run.rounds[b]])
         trace = run.trace(b)
+        served = torch.stack([x[b] for x in logits[: len(trace.starts)]])  # a row's rounds are the first ones
         replayed = rl.replay_rounds(draft, trace)
         finite = served.isfinite()
         assert (replayed.isfinite() == finite).all()
@@ -428,10 +430,9 @@ def test_the_draft_length_may_change_every_round(lengths=(2, 0, 0, 4, 0, 1, 3)):
             trace = run.trace(b)
             assert [int(n) for n in (trace.draft_tokens >= 0).sum(1)] == list(itertools.islice(itertools.cycle(lengths), len(trace.starts)))
             replayed = rl.replay_rounds(draft, trace)
-            for k, (served, again) in enumerate(zip(run.rounds[b], replayed)):
-                if served[2] is not None:
-                    finite = served[2].isfinite()
-                    torch.testing.assert_close(again[: len(served[2])][finite], served[2][finite], atol=1e-5, rtol=0)
+            if temperature > 0:
+                log_q = (replayed / temperature).log_softmax(-1).gather(-1, trace.draft_tokens.clamp(min=0)[..., None]).squeeze(-1)
+                torch.testing.assert_close(log_q[trace.draft_tokens >= 0], trace.behaviour_logprobs[trace.draft_tokens >= 0], atol=1e-5, rtol=0)
             loss = rl.policy_gradient_loss(replayed, trace.target_logits[:, :-1], trace.draft_tokens, temperature, "expected", trace.behaviour_logprobs)
             grads = torch.autograd.grad(loss, replayed)[0]
             assert (grads[trace.draft_tokens < 0] == 0).all() and grads[trace.draft_tokens >= 0].abs().max() > 0
@@ -942,7 +943,9 @@ def test_a_target_that_gives_nan_is_one_line_and_what_was_served_is_kept(files, 
     save(tmp_path / "t.pt", config, weights | {"lm_head.weight": 1e38 * weights["lm_head.weight"].sign()}, record)
     command = [sys.executable, HERE / "aurora.py", "--target", tmp_path / "t.pt", "--prompts", files / "prompts.jsonl",
                "--report", tmp_path / "r.json", "--save", tmp_path / "kept"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)  # already while rounds are timed
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "without a distribution" in done.stderr.splitlines()[-1]
+    done = subprocess.run([*command, "--num-speculative-tokens", "4"], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "without a distribution" in done.stderr.splitlines()[-1]
     assert (tmp_path / "r.json").exists() and (tmp_path / "kept/latest").exists()
 
@@ -997,9 +1000,9 @@ WEIGHTS = HERE / "weights"
 def test_shipped_weights_speculate(temperature):
     """The shipped target and static draft on their own traffic: close to two tokens a round or more."""
     args = aurora.arguments(["--traffic", "python", "--requests", "2", "--max-new-tokens", "48", "--temperature", str(temperature), "--draft", "static"])
-    target, draft, _, _ = aurora.load_models(args)
+    target, tokenizer, draft, _, _ = aurora.load_models(args)
     assert sum(p.numel() for p in target.parameters()) > 8e6 and (WEIGHTS / "target.pt").stat().st_size < 25e6
-    for r in aurora.make_requests(aurora.built_in_prompts(args), args, target.config):
+    for r in aurora.make_requests(aurora.built_in_prompts(args), args, tokenizer, 2048):
         trace, _ = generate(target, draft, r, 4)
         assert 1 + trace.num_accepted.float().mean() > 1.8
         assert 256 not in trace.ids[1:].tolist()
@@ -1428,3 +1431,779 @@ class TestOnAGpu:
             second = torch.ops.aurora.accept(*case)
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+# ---- real checkpoints: checkpoint.py -------------------------------------------------------------------------
+
+LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+HF_KINDS = {  # what to build with transformers: (class, what differs from the sizes below)
+    "llama": ("Llama", dict(num_key_value_heads=4)),
+    "llama tied": ("Llama", dict(tie_word_embeddings=True, head_dim=16)),
+    "llama biased": ("Llama", dict(attention_bias=True)),
+    "llama 3": ("Llama", dict(head_dim=16, rope_parameters=LLAMA3_ROPE | {"rope_theta": 1e3}, eos_token_id=[3, 5])),  # some frequencies blend
+    "qwen2": ("Qwen2", dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
+    "qwen2 tied": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(head_dim=16)),
+    "qwen3 tied": ("Qwen3", dict(head_dim=12, tie_word_embeddings=True, attention_bias=True)),
+}
+
+
+def hf_model(folder, kind="qwen3", seed=0, layers=8, **changes):
+    """A tiny random model, biases and norms random too, saved by transformers -> it."""
+    transformers = pytest.importorskip("transformers")
+    name, more = HF_KINDS[kind]
+    sizes = dict(vocab_size=211, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+                 max_position_embeddings=512, bos_token_id=1, eos_token_id=None, pad_token_id=0)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**(sizes | more | changes)))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape) * (0.3 if p.ndim == 1 else p.shape[1] ** -0.5) + ("norm" in n and "bias" not in n))
+    model.eval().save_pretrained(folder, max_shard_size="20KB" if seed % 2 else "1GB")
+    return model
+
+
+def edit(path, **changes):
+    """Changes fields of a .json file; None removes one."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    pytest.importorskip("safetensors")
+    import checkpoint
+
+    return checkpoint
+
+
+@pytest.mark.parametrize("kind", HF_KINDS)
+def test_logits_are_those_of_transformers(checkpoint, tmp_path, kind):
+    """Prompts of 1 to 300 tokens, whole and through the cache, token by token and in blocks; sharded and not."""
+    theirs = hf_model(tmp_path, kind, seed=list(HF_KINDS).index(kind))
+    ours = checkpoint.load_model(tmp_path, torch.float32)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (list(HF_KINDS).index(kind) % 2 == 1)
+    ids = torch.randint(211, (2, 300), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for length in (1, 2, 63, 300):
+            expected = theirs(ids[:, :length]).logits
+            torch.testing.assert_close(ours.logits(ours(ids[:, :length])[0]), expected, atol=1e-4, rtol=0)
+        cache, got, at = ours.new_cache(2, 300), [], 0
+        for width in (290, 1, 1, 5, 3):
+            got.append(ours(ids[:, at : at + width], torch.arange(at, at + width).expand(2, -1), cache)[0])
+            at += width
+        torch.testing.assert_close(ours.logits(torch.cat(got, 1)), expected, atol=1e-4, rtol=0)
+        assert expected.std() > 0.5, "logits that hardly differ show nothing"
+        half = checkpoint.load_model(tmp_path, torch.bfloat16)
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+        assert (half.logits(half(ids)[0]).float() - expected).abs().mean() < 0.05 * expected.std()
+
+
+@pytest.mark.parametrize("kind", ["llama 3", "qwen3"])
+def test_both_spellings_of_rope_and_of_eos(checkpoint, tmp_path, kind):
+    hf_model(tmp_path, kind, layers=2)
+    new = checkpoint.load_model(tmp_path, torch.float32).config
+    raw = json.loads((tmp_path / "config.json").read_text())
+    rope = raw["rope_parameters"]
+    theta = rope.pop("rope_theta")
+    for name in ("rope_type", "type"):
+        scaling = {(name if k == "rope_type" else k): v for k, v in rope.items()} if kind == "llama 3" else None
+        edit(tmp_path / "config.json", rope_parameters=None, rope_theta=theta, rope_scaling=scaling)
+        assert checkpoint.load_model(tmp_path, torch.float32).config == new
+    (tmp_path / "generation_config.json").unlink()
+    for given, expected in ((7, (7,)), ([7, 9], (7, 9)), (None, ())):
+        edit(tmp_path / "config.json", eos_token_id=given)
+        assert checkpoint.load_model(tmp_path, torch.float32).config.eos_token_ids == expected
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3]}')
+    edit(tmp_path / "config.json", eos_token_id=7)
+    assert checkpoint.load_model(tmp_path, torch.float32).config.eos_token_ids == (3,)
+
+
+REFUSED = {  # what the message must say: changes of config.json
+    "mixture of experts": dict(model_type="qwen3_moe"),
+    "is a mixture": dict(num_experts=8),
+    "'mistral' is not supported": dict(model_type="mistral"),
+    "sliding window": dict(use_sliding_window=True, sliding_window=64),
+    "a sliding window": dict(layer_types=["full_attention", "sliding_attention"]),
+    "quantised": dict(quantization_config={"quant_method": "fp8"}),
+    "'yarn' is not supported": dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+    "of type 'linear'": dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}),
+    "llama3 needs factor": dict(rope_parameters=dict(rope_type="llama3", factor=0, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=64)),
+    "needs factor": dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}),
+    "part of the head": dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+    "the same in every layer": dict(rope_parameters={"full_attention": {"rope_type": "default"}}),
+    "hidden_act 'gelu'": dict(hidden_act="gelu"),
+    "num_hidden_layers = '2'": dict(num_hidden_layers="2"),
+    "num_key_value_heads = '2'": dict(num_key_value_heads="2"),
+    "do not divide": dict(num_key_value_heads=3),
+    "cannot be understood": dict(rope_parameters="default"),
+    "understood .TypeError": dict(rope_parameters={"rope_theta": [1e4]}),
+    "understood .ValueError": dict(eos_token_id="</s>"),
+    "vocab_size = None": dict(vocab_size=None),
+    "missing": dict(num_hidden_layers=3),
+    "not known to this model": dict(num_hidden_layers=1),
+    "has shape": dict(intermediate_size=64),
+    "is not the embedding": dict(tie_word_embeddings=True),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_run_is_refused_by_name(checkpoint, tmp_path, message):
+    hf_model(tmp_path, layers=2)
+    edit(tmp_path / "config.json", **REFUSED[message])
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.load_model(tmp_path, torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_broken_directories_are_refused(checkpoint, tmp_path):
+    hf_model(tmp_path, layers=2)
+    file, load = tmp_path / "model.safetensors", lambda: checkpoint.load_model(tmp_path, torch.float32)
+    whole = file.read_bytes()
+    from safetensors.torch import load_file, save_file
+
+    for changed, message in ((lambda w: w | {"model.norm.weight": w["model.norm.weight"] * float("nan")}, "NaN"),
+                             (lambda w: w | {"model.norm.bias": w["model.norm.weight"].clone()}, "not known"),
+                             (lambda w: w | {"model.norm.weight": w["model.norm.weight"].to(torch.float8_e4m3fn)}, "quantised")):
+        save_file(changed(load_file(file)), tmp_path / "other")
+        file.write_bytes((tmp_path / "other").read_bytes())
+        with pytest.raises(UserError, match=message):
+            load()
+        file.write_bytes(whole)
+    load()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load()
+    file.unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="pickles are never read"):
+        load()
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "../model.safetensors"}}')
+    with pytest.raises(UserError, match="no ../model"):
+        load()
+    index.unlink()
+    file.write_bytes(whole)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="expected a JSON object"):
+        load()
+
+
+def test_weights_are_mapped_not_copied(checkpoint, tmp_path):
+    """Anonymous memory grows by next to nothing in the dtype of the file, and by one copy, not two, in another."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is counted in /proc")
+    # the two large tensors have over 32 MB in float32: whatever malloc did before, these come from the system and go back
+    hf_model(tmp_path, layers=2, vocab_size=40_000, hidden_size=256, intermediate_size=512).to(torch.bfloat16).save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    anonymous = lambda: int(next(x for x in open("/proc/self/status") if x.startswith("RssAnon")).split()[1]) * 1024
+    checkpoint.load_model(tmp_path, torch.float32)  # what is allocated once
+    for dtype, copies in ((torch.bfloat16, 0), (torch.float32, 2)):  # float32 is twice as large
+        gc.collect()
+        before = anonymous()
+        model = checkpoint.load_model(tmp_path, dtype)
+        assert abs((anonymous() - before) / size - copies) < 0.3
+        assert model.lm_head.weight.dtype == dtype
+        del model
+
+
+def bpe(folder, whole_words=False):
+    """A tokenizer.json trained here: byte-level, so that é is two tokens; or in words, with their spaces at the front."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import decoders, pre_tokenizers, processors, trainers
+
+    t = tokenizers.Tokenizer(tokenizers.models.BPE())
+    t.pre_tokenizer, t.decoder = (pre_tokenizers.Metaspace(), decoders.Metaspace()) if whole_words else (pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel())
+    alphabet = [] if whole_words else pre_tokenizers.ByteLevel.alphabet()
+    text = ["the quick brown fox jumps over the lazy dog, and the dog says hello"] * 3
+    t.train_from_iterator(text, trainers.BpeTrainer(vocab_size=290 if alphabet else 60, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False))
+    t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    folder.mkdir(exist_ok=True)
+    t.save(str(folder / "tokenizer.json"))
+    return t
+
+
+def test_streamed_text_is_whole_characters_and_all_of_it(checkpoint, tmp_path):
+    config = tiny_config(vocab_size=400, bos_token_id=1)
+    for whole_words, text in ((False, "the dog says: été, 你好, 🙂‍↔️, naïve — “quotes” fox"), (True, "the dog jumps over the quick fox")):
+        inner = bpe(tmp_path / str(whole_words), whole_words)
+        tokenizer = checkpoint.Tokenizer(tmp_path / str(whole_words), config)
+        ids = inner.encode(text).ids
+        assert ids[0] == 1
+        put, end = tokenizer.stream()
+        pieces = [put(i) for i in ids]
+        assert "".join(pieces) + end() == text
+        assert not any("\ufffd" in piece for piece in pieces) and sum(map(bool, pieces)) > 8
+        put, end = tokenizer.stream()  # an answer that stops within a character: what there is of it is shown at the end
+        cut = inner.encode("dog é", add_special_tokens=False).ids[:-1] if not whole_words else ids[:1]
+        assert "".join(map(put, cut)) + end() == ("dog \ufffd" if not whole_words else "")
+
+
+def test_the_begin_token_is_not_doubled_and_foreign_ids_are_refused(checkpoint, tmp_path):
+    bpe(tmp_path)
+    tokenizer = checkpoint.Tokenizer(tmp_path, tiny_config(vocab_size=400, bos_token_id=1))
+    assert tokenizer.encode("<s>hello</s>") == tokenizer.encode("hello</s>") and tokenizer.encode("<s>hello")[:2] != [1, 1]
+    assert tokenizer.encode("hello</s>")[-1] == 2, "special tokens can be written out, as chat templates do"
+    with pytest.raises(UserError, match="the tokenizer gives id"):
+        checkpoint.Tokenizer(tmp_path, tiny_config(vocab_size=20)).encode("hello")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="no tokenizer.json that can be read"):
+        checkpoint.Tokenizer(tmp_path, tiny_config())
+
+
+def test_missing_extras_and_unreachable_names_are_one_line(checkpoint, tmp_path, monkeypatch):
+    hf_model(tmp_path, layers=2)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "safetensors", None)
+        with pytest.raises(UserError, match="needs safetensors: pip install -r requirements-hf.txt"):
+            checkpoint.load_model(tmp_path, torch.float32)
+        patch.setitem(sys.modules, "huggingface_hub", None)
+        with pytest.raises(UserError, match="no/such is no directory here.*pip install"):
+            aurora.main(["--target", "no/such"])
+    hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*args, **kwargs):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match="no/such is no directory here and could not be fetched.*no network") as error:
+        aurora.main(["--target", "no/such"])
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: str(tmp_path))
+    assert checkpoint.locate("some/name") == tmp_path
+
+
+def drafts_for(target, folder):
+    """One of each kind, each with what it asks of the target."""
+    import checkpoint
+    from draft import NGram
+
+    small = checkpoint.load_draft(folder / "small", target)
+    pruned = Draft(target, vocabulary=torch.arange(1, target.config.vocab_size, 3))
+    return {"head": tiny_draft(target), "pruned head": pruned, "small model": small, "ngram": NGram(target.config)}
+
+
+@pytest.fixture(scope="module")
+def hf(checkpoint, tmp_path_factory):
+    """A random Qwen3 target of 8 layers with a tokenizer, and a Llama of 2 layers with the same vocabulary."""
+    folder = tmp_path_factory.mktemp("hf")
+    hf_model(folder / "target", "qwen3", vocab_size=290)
+    hf_model(folder / "small", "llama", seed=2, layers=2, vocab_size=290)
+    bpe(folder / "target")
+    bpe(folder / "small")
+    (folder / "prompts.txt").write_text("the quick brown fox\nhello dog\nthe dog says hello, the dog says\nover the lazy dog\n")
+    return folder
+
+
+def asking(target, draft):
+    target.feature_layers = (2, 4, 5) if draft is None or draft.feature_layers is None else draft.feature_layers
+    return target
+
+
+@pytest.mark.parametrize("name", ["plain", "head", "pruned head", "small model", "ngram"])
+def test_greedy_answers_are_those_of_generate(checkpoint, hf, name, K=3):
+    """Token for token up to the end token, plain and with every kind of draft; two prompts, with and without an end."""
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf / "target")
+    target = checkpoint.load_model(hf / "target", torch.float32).eval()
+    draft = drafts_for(target, hf).get(name)
+    asking(target, draft)
+    for seed in range(2):
+        prompt = torch.randint(3, 290, (7,), generator=torch.Generator().manual_seed(seed)).repeat(2).tolist()
+        answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0].tolist()
+        for stop in ((), (answer[14 + 11],)):
+            expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=list(stop) or None)[0].tolist()
+            target.config.eos_token_ids = stop
+            trace, _ = generate(target, draft, Request(prompt, 30, seed, 0.0), 0 if name == "plain" else K)
+            assert trace.ids.tolist()[: len(expected)] == expected and (len(trace.ids) == len(expected) or not stop)
+            assert len(trace.answer_hidden()) == len(trace.ids) - 14 == len(trace.features) - 13
+            assert int((trace.num_accepted + 1).sum()) == len(trace.ids) - 14
+
+
+def test_an_end_token_ends_its_row_only(K=3):
+    """Drafted or the target's own, at any place of a round; the other rows go on as if alone."""
+    target, seen = tiny_target(gain=2.0, dtype=torch.float64), set()
+    requests = [request(length=4 + i, new=40, seed=i, temperature=1.0) for i in range(12)]
+    free = [generate(target, tiny_draft(target), r, K)[0] for r in requests]
+    target.config.eos_token_ids = (3, 9)
+    batch = Generation(target, tiny_draft(target), requests, K)
+    while not batch.done:
+        batch.round()
+    for b, (r, whole) in enumerate(zip(requests, free)):
+        answer = whole.ids[whole.prompt_length :].tolist()
+        ends = [i for i, t in enumerate(answer) if t in (3, 9)]
+        expected = answer[: ends[0] + 1] if ends else answer
+        trace = batch.trace(b)
+        assert trace.ids[trace.prompt_length :].tolist() == expected
+        assert int((trace.num_accepted + 1).sum()) == len(expected)
+        if ends:  # where in its round the end token came, and whether it had been drafted and kept there
+            last = len(trace.starts) - 1
+            seen.add((int(trace.num_accepted[-1]), int(whole.num_accepted[last]) > int(trace.num_accepted[-1])))
+    assert {kept for _, kept in seen} == {True, False} and len(seen) > 2, "some ways to end never occurred"
+
+
+@pytest.mark.parametrize("name", ["head", "pruned head", "small model"])
+def test_every_draft_replays_what_it_served(checkpoint, hf, name, K=4):
+    """As for the head above: same logits to 1e-5, for prompts of different lengths in one batch; and behaviour is that
+    of the law that served, top-k and top-p included."""
+    target = checkpoint.load_model(hf / "target", torch.float32).eval()
+    draft = drafts_for(target, hf)[name]
+    asking(target, draft)
+    requests = [Request(torch.randint(3, 290, (3 + 8 * i,)).tolist(), 25, i, t, top_p=p, top_k=k)
+                for i, (t, p, k) in enumerate([(1.0, 1.0, 0), (0.7, 0.8, 0), (1.4, 0.9, 20)])]
+    run, served, propose = Generation(target, draft, requests, K), [], draft.propose
+    draft.propose = lambda *a: (proposed := propose(*a), served.append(proposed[1]))[0]
+    while not run.done:
+        run.round()
+    for b, r in enumerate(requests):
+        trace = run.trace(b)
+        logits = torch.stack([x[b] for x in served[: len(trace.starts)]])
+        replayed = rl.replay_rounds(draft, trace).detach()
+        if draft.vocabulary is not None:
+            assert replayed.shape[-1] == len(draft.vocabulary) + 1 and replayed[..., -1].isneginf().all()
+            replayed = torch.full_like(logits, float("-inf")).index_copy(-1, draft.vocabulary, replayed[..., :-1])
+        finite = logits.isfinite()
+        assert (replayed - logits)[finite].abs().max() < 1e-5
+        assert finite.all() == (name != "pruned head" and r.top_p == 1) and finite.any(-1).all()
+        log_q = (logits / r.temperature).log_softmax(-1).gather(-1, trace.draft_tokens[..., None]).squeeze(-1)
+        torch.testing.assert_close(log_q, trace.behaviour_logprobs, atol=1e-5, rtol=0)
+
+
+def test_small_model_drafts_as_it_would_decode(checkpoint, hf, K=4):
+    """At temperature 0 its K tokens are the K that it would generate itself after the committed text, in every round."""
+    target = checkpoint.load_model(hf / "target", torch.float32).eval()
+    small = drafts_for(target, hf)["small model"]
+    trace, _ = generate(asking(target, small), small, Request([1, 5, 100, 7], 24, 0, 0.0), K)
+    small.feature_layers = ()
+    for start, tokens in zip(trace.starts.tolist(), trace.draft_tokens):
+        alone, _ = generate(small, None, Request(trace.ids[: start + 2].tolist(), K, 0, 0.0), 0)
+        assert alone.ids[start + 2 :].tolist() == tokens.tolist()
+
+
+def test_prompt_lookup():
+    from draft import NGram
+
+    draft = NGram(tiny_config())
+    look = lambda text, K=4: draft.lookup(torch.tensor(text), K).tolist()
+    assert look([1, 2, 3, 4, 5, 9, 1, 2, 3]) == [4, 5, 9, 1]  # the last three stood before
+    assert look([1, 2, 3, 4, 7, 2, 3, 5, 8, 2, 3]) == [5, 8, 2, 3]  # of two matches the later
+    assert look([7, 2, 3, 5, 5, 9, 3, 6, 2, 3]) == [5, 5, 9, 3]  # two tokens count more than one that stood later
+    assert look([5, 6, 7, 6]) == [7, 6, 7, 6] and look([4, 4]) == [4, 4, 4, 4]  # a copy goes on with itself
+    assert look([1, 2, 3]) == [-1] * 4 and look([1]) == [-1] * 4
+    cache = draft.new_cache(2, 12)  # rows of different lengths: what lies past a row's last token is not text
+    sampling = verify.Sampling([(0.0, 1.0, 0)] * 2)
+    ids, positions = torch.tensor([[3, 4, 3, 4], [8, 9, 8, 9]]), torch.arange(4).expand(2, -1)
+    tokens, logits = draft.propose(None, ids, positions, torch.tensor([3, 2]), torch.zeros(2, 2), sampling, cache)
+    assert logits is None and tokens.tolist() == [[3, 4], [9, 8]]
+    tokens, _ = draft.propose(None, torch.tensor([[5, -1], [1, 8]]), torch.tensor([[4, 5], [3, 4]]), torch.tensor([0, 1]), torch.zeros(2, 2), sampling, cache)
+    assert tokens.tolist() == [[-1, -1], [1, 8]]
+
+
+@pytest.mark.parametrize("name", ["small model", "pruned head", "ngram"])
+def test_law_of_generated_text_with_every_draft_and_cut(name, B=4000, K=2):
+    """As above, the joint law of three tokens over all 4^3 continuations, now under top-k and top-p that differ by row,
+    cut from the target's own probabilities as written out here."""
+    from draft import NGram, SmallModel
+
+    target = tiny_target(gain=2.0, vocab_size=5, bos_token_id=4, suppress_tokens=(4,))
+    small = SmallModel(tiny_config(vocab_size=5, num_hidden_layers=2, suppress_tokens=(4,), bos_token_id=4))
+    draft = {"small model": small, "pruned head": Draft(target, vocabulary=torch.tensor([0, 2, 3])), "ngram": NGram(target.config)}[name]
+    asking(target, draft)
+    prompt, laws = [4, 1, 2, 0, 3, 3], [(0.8, 1.0, 0), (1.3, 0.75, 0), (1.0, 1.0, 2), (1.5, 0.8, 3)]
+    run = Generation(target, draft, [Request(prompt, 3, b, laws[b % 4][0], "", *laws[b % 4][1:]) for b in range(B)], K)
+    while not run.done:
+        run.round()
+    texts = list(itertools.product(range(4), repeat=3))
+    with torch.no_grad():
+        logits = target.logits(target(torch.tensor([prompt + list(x) for x in texts]))[0]).double()[:, 5:8]
+    for i, (temperature, top_p, top_k) in enumerate(laws):
+        p = (logits / temperature).softmax(-1)
+        order = p.argsort(-1, descending=True)
+        ranked = p.gather(-1, order)
+        ranked[..., top_k or 5 :] = 0
+        ranked = ranked / ranked.sum(-1, keepdim=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+        p = torch.zeros_like(p).scatter(-1, order, ranked / ranked.sum(-1, keepdim=True))
+        if top_p < 1 or top_k:
+            assert (p[..., :4] == 0).any(), "nothing was cut"
+        p = p.gather(-1, torch.tensor(texts)[..., None]).prod(1)[:, 0]
+        counts = Counter(tuple(ids[6:9]) for ids in run.committed[i::4])
+        assert_law([counts[x] for x in texts], p)
+
+
+@pytest.mark.parametrize("V", [50, 5000])
+def test_cuts_are_those_of_transformers(V):
+    """Same ids kept as by transformers' warpers (temperature, top-k, top-p in that order) for every setting, rows of one
+    batch with their own; long tails that do not fit into the first look included; ties stay together."""
+    warpers = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(6, 2, V, generator=torch.Generator().manual_seed(V)).double() * torch.tensor([0.1, 1, 3, 1, 0.01, 2])[:, None, None]
+    temperature = torch.tensor([1.0, 0.7, 1.3, 0.0, 1.0, 1.1], dtype=torch.float64)
+    top_p, top_k = torch.tensor([0.5, 0.9, 1.0, 0.5, 0.95, 0.7], dtype=torch.float64), torch.tensor([0, 0, 7, 3, 0, V // 2])
+    got = verify.keep_top(logits, temperature, top_p, top_k)
+    for b in range(6):
+        expected = logits[b]
+        if temperature[b] > 0:
+            expected = expected / temperature[b]
+            if top_k[b]:
+                expected = warpers.TopKLogitsWarper(int(top_k[b]))(None, expected)
+            expected = warpers.TopPLogitsWarper(float(top_p[b]))(None, expected)
+        assert torch.equal(got[b].isfinite(), expected.isfinite())
+        assert torch.equal(got[b][got[b].isfinite()], logits[b][got[b].isfinite()])
+        assert torch.equal(verify.keep_top(*(x[b : b + 1] for x in (logits, temperature, top_p, top_k))), got[b : b + 1])
+    assert torch.equal(verify.keep_top(logits, temperature, torch.ones(6), torch.zeros(6, dtype=torch.int64)), logits)
+    one = lambda x, p, k: verify.keep_top(torch.tensor([x]), torch.ones(1), torch.tensor([p]), torch.tensor([k]))[0].isfinite().tolist()
+    assert one([2.0, 1.0, 1.0, 0.0], 1.0, 2) == [True, True, True, False]  # equals stay together
+    assert one([2.0, float("-inf"), 1.0, 0.0], 1e-9, 0) == [True, False, False, False]  # never nothing
+    assert one([2.0, float("-inf"), 1.0, float("-inf")], 1.0, 3) == [True, False, True, False]
+    for bad in (float("nan"), float("inf")):  # what is broken stays broken, for acceptance to find
+        with pytest.raises(ValueError, match="without a distribution"):
+            cut = verify.keep_top(torch.tensor([[[0.0, bad, 1.0]]]), torch.ones(1), torch.tensor([0.5]), torch.tensor([2]))
+            accept(cut, None, torch.empty(1, 0, dtype=torch.int64), uniforms(1, 1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("estimator", rl.ESTIMATORS)
+def test_a_pruned_draft_learns_against_all_of_the_target(estimator, temperature, K=3):
+    """Loss and gradient in the draft's own few columns equal those over the whole vocabulary, with the ids that it
+    cannot say at -inf: the target's probabilities are not renormalised to them."""
+    target = tiny_target(gain=2.0, dtype=torch.float64)
+    draft = Draft(target, vocabulary=torch.tensor([0, 2, 3, 7, 8, 11, 15])).double()
+    trace, _ = generate(target, draft, request(new=40, temperature=temperature), K)
+    answer = trace.ids[trace.prompt_length :]
+    assert not torch.isin(answer, draft.vocabulary).all(), "the target said nothing that the draft cannot say"
+
+    def wide(logits):
+        return torch.full((*logits.shape[:-1], 17), float("-inf"), dtype=torch.float64).index_copy(-1, draft.vocabulary, logits[..., :-1])
+
+    for side in (0.0, 1.0):
+        loss, _ = rl.Learner(draft, estimator, 1e-3, side, chain=K).loss(trace)
+        if side == 0:
+            expected = rl.policy_gradient_loss(wide(rl.replay_rounds(draft, trace)), trace.target_logits[:, :-1], trace.draft_tokens,
+                                               temperature, estimator, trace.behaviour_logprobs)
+        else:
+            place = torch.arange(len(answer))[:, None] + torch.arange(K)
+            tokens = answer[place.clamp(max=len(answer) - 1)].masked_fill(place >= len(answer), -1)
+            rows = trace.answer_logits()[place.clamp(max=len(answer) - 1)]
+            expected = rl.target_side_loss(wide(rl.replay_answer(draft, trace, K)[0]), rows, tokens, temperature, estimator == "log")
+        torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-9)
+        ours, theirs = (torch.autograd.grad(x, draft.fc.weight, retain_graph=True)[0] for x in (loss, expected))
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
+        assert ours.abs().max() > 0
+
+
+def test_the_learner_cuts_as_serving_did(K=3):
+    """target_rows is what acceptance was given.  draft_rows is what the draft tokens were drawn from wherever its cut
+    kept all that the target's kept, and elsewhere has what the target kept besides, with a gradient."""
+    target = tiny_target(gain=2.0)
+    draft, more, same = tiny_draft(target), 0, 0
+    for top_p, top_k in ((0.7, 0), (1.0, 4), (0.9, 5)):
+        served, filters = [], verify.Sampling.filter
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(verify.Sampling, "filter", lambda self, logits: (served.append(filters(self, logits)), served[-1])[1])
+            trace, _ = generate(target, draft, Request(request().prompt, 40, 0, 0.9, "", top_p, top_k), K)
+        rows = [torch.cat(served[i : i + K]) for i in range(0, len(served), K + 1)], [x[0, :K] for x in served[K :: K + 1]]
+        drafted, verified = (torch.stack(x) for x in rows)  # (R, K, V)
+        target_logits, _ = rl.target_rows(draft, trace, trace.target_hidden[:, :-1], trace.draft_tokens)
+        torch.testing.assert_close(target_logits, verified, atol=1e-5, rtol=0)
+        logits = rl.draft_rows(rl.replay_rounds(draft, trace), target_logits, trace)
+        finite = drafted.isfinite()
+        torch.testing.assert_close(logits[finite], drafted[finite], atol=1e-5, rtol=0)
+        assert torch.equal(logits.isfinite(), finite | verified.isfinite())
+        given_back = verified.isfinite() & ~finite
+        more, same = more + int(given_back.any(-1).sum()), same + int((~given_back.any(-1)).sum())
+    assert more and same, "one of the two cases never occurred"
+
+
+@pytest.mark.parametrize("kind, lr, growth", [("random head under top-k", 2e-2, 1.6), ("small model", 3e-2, 1.2)])
+def test_serving_teaches_every_draft(kind, lr, growth, K=3):
+    """As above: 10 requests, and the expected accepted tokens of held-out answers have grown.  Under top-k = 2 of 16 the
+    cuts of a random draft and of the target hardly meet, so it learns only if the learner gives back what the draft's
+    own cut dropped."""
+    from draft import SmallModel
+
+    target = tiny_target(gain=2.0)
+    torch.manual_seed(0)
+    small = SmallModel(tiny_config(num_hidden_layers=2))
+    with torch.no_grad():
+        for layer in target.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.down_proj.weight.mul_(0.1)
+        for p in small.parameters():
+            if p.ndim == 2:
+                torch.nn.init.normal_(p, std=0.02)
+        small.model.embed_tokens.weight.copy_(target.model.embed_tokens.weight)
+        small.lm_head.weight.copy_(target.lm_head.weight)
+    draft, law = (small, ()) if kind == "small model" else (Draft(target), ("", 1.0, 2))
+    asking(target, draft)
+    ask = lambda seed: Request(request(seed=seed).prompt, 48, seed, 0.7, *law)
+    held = [generate(target, None, ask(1000 + i), 0)[0] for i in range(6)]
+    learner = rl.Learner(draft, "log", lr, 0.0, lowest=1.0)
+
+    def accepted():
+        with torch.no_grad():
+            return sum(-rl.target_side_loss(*rl.replay_answer(draft, x, K), 0.7).item() for x in held) / len(held)
+
+    before = accepted()
+    for seed in range(10):
+        learner.update(generate(target, draft, ask(seed), K)[0])
+    assert accepted() > growth * before, (before, accepted())
+
+
+def test_a_trace_is_small_whatever_the_vocabulary(K=4):
+    """Every round rejected at once, the most rows a token: bytes do not depend on V, grow with D as a line, and the line
+    stays under 100 KB a token at D = 2048 in float32."""
+    def per_token(D, V):
+        target = tiny_target(hidden_size=D, vocab_size=V, suppress_tokens=(), bos_token_id=None)
+        draft = RightDraft(torch.zeros(0, dtype=torch.int64))
+        draft.propose = lambda features, ids, positions, last, coins, *_: (torch.zeros(1, K, dtype=torch.int64), one_hot)
+        one_hot = torch.full((1, K, V), -1e9).index_fill_(-1, torch.tensor([0]), 0.0)
+        with torch.no_grad():
+            target.lm_head.weight[0] = 0  # with logits that vary, the target hardly ever says 0
+        trace, _ = generate(target, draft, Request([1, 2], 30, 0, 1.0), K)
+        assert trace.num_accepted.sum() <= 3
+        tensors = [x for x in vars(trace).values() if isinstance(x, torch.Tensor)]
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors), "a view keeps all of its storage alive"
+        return sum(x.nbytes for x in tensors) / (len(trace.ids) - 2), len(trace.starts) / (len(trace.ids) - 2)
+
+    (small, _), (large_v, _), (large_d, _) = per_token(32, 200), per_token(32, 20_000), per_token(64, 200)
+    assert abs(small - large_v) < 0.1 * small
+    assert small + (large_d - small) / 32 * (2048 - 32) < 100_000
+    assert (large_d - small) / 32 > 4 * (3 + K), "fewer rows than expected: nothing was shown"
+
+
+# ---- drafts in and out ---------------------------------------------------------------------------------------
+
+
+def head_and_target(checkpoint, hf, vocabulary=None):
+    target = checkpoint.load_model(hf / "target", torch.float32).eval()
+    torch.manual_seed(3)
+    draft = Draft(target, vocabulary=vocabulary)
+    with torch.no_grad():
+        for p in draft.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape))
+    return target, draft
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_exported_head_is_an_eagle3_directory(checkpoint, hf, tmp_path, pruned):
+    """Snapshot: keys, shapes, dtypes, fields.  d2t holds offsets.  Loaded back, the logits are identical."""
+    from safetensors.torch import load_file
+
+    vocabulary = torch.arange(1, 290, 3) if pruned else None
+    target, draft = head_and_target(checkpoint, hf, vocabulary)
+    said = checkpoint.export_draft(draft, tmp_path / "out", "scratch", 4)
+    assert "--speculative-algorithm EAGLE3" in said and "--speculative-num-draft-tokens 5" in said and '"method": "eagle3"' in said
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["config.json", "model.safetensors", "out"]
+    Vd, D, I, A = (97 if pruned else 290), 32, 48, 4 * 16
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    norms = {f"midlayer.{n}.weight": (D,) for n in ("hidden_norm", "input_layernorm", "post_attention_layernorm")}
+    shapes = norms | {
+        "fc.weight": (D, 3 * D), "norm.weight": (D,), "lm_head.weight": (Vd, D), "d2t": (Vd,), "t2d": (290,),
+        "midlayer.self_attn.q_proj.weight": (A, 2 * D), "midlayer.self_attn.k_proj.weight": (A // 2, 2 * D),
+        "midlayer.self_attn.v_proj.weight": (A // 2, 2 * D), "midlayer.self_attn.o_proj.weight": (D, A),
+        "midlayer.mlp.gate_proj.weight": (I, D), "midlayer.mlp.up_proj.weight": (I, D), "midlayer.mlp.down_proj.weight": (D, I)}
+    dtypes = {"d2t": torch.int64, "t2d": torch.bool}
+    assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == {n: (s, dtypes.get(n, torch.float32)) for n, s in shapes.items()}
+    known = vocabulary if pruned else torch.arange(290)
+    assert torch.equal(torch.arange(Vd) + tensors["d2t"], known) and torch.equal(tensors["t2d"].nonzero()[:, 0], known)
+    raw = json.loads((tmp_path / "out/config.json").read_text())
+    assert raw == {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+                   "mlp_bias": False, "rope_scaling": None, "torch_dtype": "float32", "eos_token_id": None, "vocab_size": 290,
+                   "draft_vocab_size": Vd, "hidden_size": D, "intermediate_size": I, "num_hidden_layers": 1, "num_attention_heads": 4,
+                   "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
+                   "tie_word_embeddings": False, "bos_token_id": 1}
+    back = checkpoint.load_draft(tmp_path / "out", target)
+    asks = Request([1, 5, 100, 7], 24, 0, 0.8)
+    first, second = (generate(target, d, asks, 3)[0] for d in (draft, back))
+    assert torch.equal(rl.replay_rounds(draft, first), rl.replay_rounds(back, first)) and torch.equal(first.ids, second.ids)
+    assert {n: tuple(t.shape) for n, t in back.state_dict().items()} == {n: tuple(t.shape) for n, t in draft.state_dict().items()}
+
+
+def test_llama3_rope_survives_the_export(checkpoint, tmp_path):
+    """transformers reads the exported fields as it read the target's."""
+    transformers = pytest.importorskip("transformers")
+    hf_model(tmp_path / "target", "llama 3")
+    target = checkpoint.load_model(tmp_path / "target", torch.float32)
+    checkpoint.export_draft(Draft(target), tmp_path / "out", "scratch", 4)
+    raw = json.loads((tmp_path / "out/config.json").read_text())
+    theirs, ours = (transformers.LlamaConfig(**json.loads((tmp_path / x / "config.json").read_text())) for x in ("target", "out"))
+    assert theirs.rope_parameters == ours.rope_parameters and raw["rope_scaling"]["rope_type"] == "llama3"
+    assert raw["max_position_embeddings"] == 512 and raw["eos_token_id"] == [3, 5]
+    assert vars(checkpoint.load_draft(tmp_path / "out", target).config) == vars(Draft(target).config)
+
+
+WRONG_HEADS = {
+    "num_hidden_layers is 2": lambda raw, w: (raw | {"num_hidden_layers": 2}, w),
+    "the draft's vocabulary is 17": lambda raw, w: (raw | {"vocab_size": 17}, w),
+    "target_hidden_size is 64": lambda raw, w: (raw | {"target_hidden_size": 64}, w),
+    "layers read": lambda raw, w: (raw | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}}, w),
+    "norm_before_residual": lambda raw, w: (raw | {"norm_before_residual": True}, w),
+    "ascending ids": lambda raw, w: (raw, w | {"d2t": w["d2t"].flip(0)}),
+    "ascending ids in": lambda raw, w: (raw, w | {"d2t": w["d2t"] + 2}),
+    "do not name the same": lambda raw, w: (raw, w | {"t2d": ~w["t2d"]}),
+    "having biases": lambda raw, w: (raw, w | {"midlayer.self_attn.q_proj.bias": torch.zeros(64)}),
+    "missing": lambda raw, w: (raw, {n: t for n, t in w.items() if n != "fc.weight"}),
+    "lm_head.weight has shape": lambda raw, w: (raw, w | {"lm_head.weight": w["lm_head.weight"][:50].clone()}),
+    "embed_tokens.weight has shape": lambda raw, w: (raw, w | {"embed_tokens.weight": torch.zeros(290, 16)}),
+}
+
+
+def test_a_head_of_other_sizes_keeps_them(checkpoint, hf, tmp_path):
+    """Loaded from its directory and again from what --save kept of it; a head of this project must fit the target."""
+    target = checkpoint.load_model(hf / "target", torch.float32)
+    other = Draft(target, replace(Draft(target).config, intermediate_size=40, num_attention_heads=2, num_key_value_heads=1, rope_theta=7e3))
+    checkpoint.export_draft(other, tmp_path / "out", "scratch", 4)
+    serve(hf, "--draft", tmp_path / "out", "--save", tmp_path / "kept", "--no-learn")
+    back, _ = aurora.find_draft(str(tmp_path / "kept"), target)
+    assert back.config == other.config and all(torch.equal(a, b) for a, b in zip(back.parameters(), other.parameters()))
+    save(tmp_path / "d.pt", other.config, other.state_dict(), {})
+    with pytest.raises(UserError, match="they differ in intermediate_size"):
+        aurora.find_draft(str(tmp_path / "d.pt"), target)
+
+
+@pytest.mark.parametrize("message", WRONG_HEADS)
+def test_heads_of_another_make_are_refused(checkpoint, hf, tmp_path, message):
+    from safetensors.torch import load_file, save_file
+
+    target, draft = head_and_target(checkpoint, hf, torch.arange(1, 290, 3))
+    checkpoint.export_draft(draft, tmp_path / "out", "scratch", 4)
+    raw, weights = WRONG_HEADS[message](json.loads((tmp_path / "out/config.json").read_text()), load_file(tmp_path / "out/model.safetensors"))
+    (tmp_path / "out/config.json").write_text(json.dumps(raw))
+    save_file({n: t.contiguous() for n, t in weights.items()}, tmp_path / "out/model.safetensors")
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_draft(tmp_path / "out", target)
+
+
+def test_the_embedding_is_the_targets_memory_unless_a_head_brings_its_own(checkpoint, hf, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    target, draft = head_and_target(checkpoint, hf)
+    weight = target.model.embed_tokens.weight
+    assert draft.embed_tokens.weight.data_ptr() == weight.data_ptr() and not draft.embed_tokens.weight.requires_grad
+    before = weight.clone()
+    checkpoint.export_draft(draft, tmp_path / "out", "scratch", 4)
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    for embedding, shared in ((weight.detach().clone(), True), (weight.detach() + 1, False)):
+        save_file(tensors | {"embed_tokens.weight": embedding}, tmp_path / "out/model.safetensors")
+        back = checkpoint.load_draft(tmp_path / "out", target)
+        assert torch.equal(back.embed_tokens.weight, embedding) and torch.equal(weight, before), "the target was written over"
+        assert (back.embed_tokens.weight.data_ptr() == weight.data_ptr()) == shared and not back.embed_tokens.weight.requires_grad
+    checkpoint.export_draft(back, tmp_path / "again", "scratch", 4)
+    assert torch.equal(load_file(tmp_path / "again/model.safetensors")["embed_tokens.weight"], weight + 1)
+
+
+def test_exported_small_model_assists_in_transformers(checkpoint, hf, tmp_path):
+    """What was learned is what they load: same logits; and generate(assistant_model=...) says what generate says."""
+    transformers = pytest.importorskip("transformers")
+    target = checkpoint.load_model(hf / "target", torch.float32)
+    small = checkpoint.load_draft(hf / "small", target)
+    with torch.no_grad():
+        small.lm_head.weight.add_(0.1)
+    said = checkpoint.export_draft(small, tmp_path / "out", hf / "small", 4)
+    assert "STANDALONE" in said and '"method": "draft_model"' in said and (tmp_path / "out/tokenizer.json").exists()
+    ids = torch.randint(3, 290, (1, 40), generator=torch.Generator().manual_seed(0))
+    theirs, assistant = (transformers.AutoModelForCausalLM.from_pretrained(x) for x in (hf / "target", tmp_path / "out"))
+    with torch.no_grad():
+        torch.testing.assert_close(assistant(ids).logits, small.logits(small(ids)[0]), atol=1e-4, rtol=0)
+    answers = [theirs.generate(ids, max_new_tokens=12, do_sample=False, **more) for more in ({}, {"assistant_model": assistant})]
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("variant", [{}, dict(attention_bias=True, tie_word_embeddings=True), dict(qk_norm=True)])
+def test_our_checkpoints_in_hugging_face_layout(checkpoint, tmp_path, variant):
+    """The embedded kind of target, and the other families: same logits in transformers, but for the suppressed ids."""
+    transformers = pytest.importorskip("transformers")
+    target = tiny_target(**variant)
+    save(tmp_path / "t.pt", target.config, target.state_dict(), {})
+    checkpoint.main([f"{tmp_path}/t.pt", "--out", f"{tmp_path}/out"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.randint(0, 16, (1, 60))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits[..., :16], target.logits(target(ids)[0])[..., :16], atol=1e-4, rtol=0)
+    back = checkpoint.load_model(tmp_path / "out", torch.float32)
+    assert vars(back.config) == vars(target.config) and torch.equal(back.logits(back(ids)[0]), target.logits(target(ids)[0]))
+    assert theirs.generation_config.suppress_tokens == [16] and theirs.config.model_type == {0: "llama", 2: "qwen2", 1: "qwen3"}[len(variant)]
+    with pytest.raises(UserError, match="exists"):
+        checkpoint.main([f"{tmp_path}/t.pt", "--out", f"{tmp_path}/out"])
+
+
+# ---- the driver on real checkpoints --------------------------------------------------------------------------
+
+
+def serve(hf, *more):
+    aurora.main(["--target", f"{hf}/target", "--prompts", f"{hf}/prompts.txt", "--max-new-tokens", "10",
+                 "--num-speculative-tokens", "4", *map(str, more)])
+
+
+def test_driver_serves_saves_resumes_and_exports_a_pruned_head(checkpoint, hf, tmp_path, capsys):
+    """The pruning is fixed at creation: the lowest ids and the end tokens; a resumed run keeps it, so does an export."""
+    edit(hf / "target/config.json", eos_token_id=280)
+    try:
+        serve(hf, "--draft-vocab", 50, "--save", tmp_path / "kept", "--top-p", 0.9, "--top-k", 40)
+        serve(hf, "--draft", tmp_path / "kept", "--save", tmp_path / "kept", "--export", tmp_path / "out")
+        assert "50 of 290 ids" in (said := capsys.readouterr().out) and "top-p 0.9, top-k 40" in said and f"exported to {tmp_path}/out" in said
+        serve(hf, "--draft", tmp_path / "out", "--save", tmp_path / "again", "--num-speculative-tokens", 2)
+        serve(hf, "--draft", tmp_path / "again", "--no-learn", "--dtype", "bfloat16")
+    finally:
+        edit(hf / "target/config.json", eos_token_id=None)
+    last, other = (torch.load(tmp_path / x / "draft.pt", weights_only=True)["weights"] for x in ("kept/v000008", "again/v000004"))
+    assert last["vocabulary"].tolist() == other["vocabulary"].tolist() == [*range(49), 280]
+    assert not torch.equal(last["fc.weight"], other["fc.weight"]) and checkpoint.read_tensors(tmp_path / "out")["fc.weight"].equal(last["fc.weight"])
+
+
+def test_driver_serves_a_small_model_and_prompt_lookup(checkpoint, hf, tmp_path, capsys):
+    serve(hf, "--draft", hf / "small", "--save", tmp_path / "kept", "--export", tmp_path / "out", "--compare", "--static", "ngram")
+    serve(hf, "--draft", tmp_path / "kept", "--no-learn", "--compare", "--static", hf / "small")
+    kept = torch.load(tmp_path / "kept/v000004/draft.pt", weights_only=True)["weights"]
+    out, given = checkpoint.read_tensors(tmp_path / "out"), checkpoint.read_tensors(hf / "small")
+    assert all(torch.equal(out[n], kept[n]) for n in kept) and not torch.equal(out["model.norm.weight"], given["model.norm.weight"])
+    serve(hf, "--draft", "ngram", "--log", tmp_path / "log")
+    lines = [json.loads(x) for x in (tmp_path / "log").read_text().splitlines() if '"online"' in x]
+    assert all(x["accepted"] <= x["drafted"] <= 4 * x["rounds"] for x in lines) and any(x["plain_rounds"] for x in lines)
+    assert "prompt lookup" in capsys.readouterr().out
+    aurora.main(["--target", f"{hf}/target", "--draft", "ngram", "--prompt", "the quick <s> brown fox", "--max-new-tokens", "9"])
+    captured = capsys.readouterr()
+    assert "9 tokens" in captured.err and captured.out
+
+
+BAD_CHECKPOINTS = {
+    "7 layers|4 layers": ["--target", "SHALLOW"],
+    "the draft's vocabulary is 211, the target's 290": ["--draft", "SHALLOW"],
+    "vocabulary is 257, the target's 290": ["--draft", "static"],
+    "must be of one kind": ["--draft", "SMALL", "--compare", "--static", "HEAD"],
+    "only 1 token": ["--prompt", "the", "--draft", "ngram"],
+    "nothing to --save": ["--draft", "ngram", "--save", "NEW"],
+    "not there yet": ["--export", "SMALL"],
+    "top-p must": ["--top-p", "0"],
+    "top-k must": ["--top-k", "-1"],
+    "says only 290 ids": ["--draft-vocab", "291"],
+    "goes with --draft scratch": ["--draft-vocab", "29", "--draft", "ngram"],
+    "goes with none of": ["--prompt", "x", "--export", "NEW"],
+    "cannot read .*config.json": ["--target", "FOLDER"],
+    "context of 64": ["--draft", "SHORT", "--max-new-tokens", "60"],
+}
+
+
+@pytest.mark.parametrize("message", BAD_CHECKPOINTS)
+def test_bad_checkpoints_are_one_clear_line(checkpoint, hf, tmp_path, message):
+    hf_model(tmp_path / "shallow", layers=4)
+    bpe(tmp_path / "shallow")
+    if "HEAD" in BAD_CHECKPOINTS[message]:
+        checkpoint.export_draft(head_and_target(checkpoint, hf)[1], tmp_path / "head", "scratch", 4)
+    if "only 1" in message:
+        inner = json.loads((hf / "target/tokenizer.json").read_text())
+        edit(hf / "target/tokenizer.json", post_processor=None)
+    hf_model(tmp_path / "short", "llama", layers=2, vocab_size=290, max_position_embeddings=64)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/model.safetensors").write_bytes((hf / "small/model.safetensors").read_bytes())
+    names = {"SMALL": hf / "small", **{n: tmp_path / n.lower() for n in ("SHALLOW", "HEAD", "NEW", "FOLDER", "SHORT")}}
+    try:
+        with pytest.raises(UserError, match=message) as error:
+            prompts = [] if "--prompt" in BAD_CHECKPOINTS[message] else ["--prompts", f"{hf}/prompts.txt"]
+            aurora.main(["--target", f"{hf}/target", *prompts, *(str(names.get(a, a)) for a in BAD_CHECKPOINTS[message])])
+        assert "\n" not in str(error.value)
+    finally:
+        if "only 1" in message:
+            (hf / "target/tokenizer.json").write_text(json.dumps(inner))

@@ -56,6 +56,52 @@ def inverse_cdf(mass, coin):
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=mass.shape[-1] - 1)
 
 
+def keep_top(logits, temperature, top_p, top_k):
+    """logits with -inf wherever top-k, and then top-p, cut.  What is equal to the last one kept stays too.
+
+    logits (B, ..., V); (B,) each: temperature float64, top_p float64 in (0, 1], the least share of the distribution after
+    temperature and top-k that is to be kept (1 is off), top_k int64 (0 is off).  At temperature 0 nothing is cut."""
+    temperature, top_p, top_k = (x.view(-1, *[1] * (logits.ndim - 1)) for x in (temperature, top_p, top_k))
+    V, first = logits.shape[-1], max(1024, int(top_k.max()))
+    top_k = torch.where(top_k > 0, top_k, V)
+    on = (temperature > 0) & ((top_p < 1) | (top_k < V))
+    scale = torch.where(on, temperature, 1.0)
+    total = (logits.double() / scale).logsumexp(-1, keepdim=True)
+    for n in sorted({min(V, first), V}):  # the largest 1024 nearly always tell; if the last of them is kept, all must be sorted
+        ordered = logits.topk(n, -1).values
+        z = (ordered.double() / scale).masked_fill(torch.arange(n, device=logits.device) >= top_k, float("-inf"))
+        mass = (z - torch.where(top_k <= n, z.logsumexp(-1, keepdim=True), total)).exp()
+        kept = ((mass.cumsum(-1) - mass < top_p) | (top_p == 1)) & (z > float("-inf"))  # a prefix, never empty
+        if not (kept[..., -1:] & on).any():
+            break
+    least = ordered.gather(-1, kept.sum(-1, keepdim=True).clamp(min=1) - 1)
+    return logits.masked_fill((logits < least) & on, float("-inf"))
+
+
+class Sampling:
+    """How the logits of B rows become distributions: laws [(temperature, top_p, top_k)], one for each row."""
+
+    def __init__(self, laws, device=None):
+        temperature, top_p, top_k = zip(*laws)
+        self.temperature = torch.tensor(temperature, dtype=torch.float64, device=device)  # (B,) each
+        self.top_p = torch.tensor(top_p, dtype=torch.float64, device=device)
+        self.top_k = torch.tensor(top_k, dtype=torch.int64, device=device)
+        self.cuts = any(p < 1 or k > 0 for _, p, k in laws)
+
+    def filter(self, logits):
+        """(B, ..., V) -> the same, -inf where a row's top-k and top-p cut."""
+        return keep_top(logits, self.temperature, self.top_p, self.top_k) if self.cuts else logits
+
+    def logprobs(self, logits, tokens):
+        """log probabilities (B, K) of tokens (B, K) under filtered logits (B, K, V); 0, certain, if they were proposed
+        outright (logits None) or at temperature 0."""
+        if logits is None:
+            return torch.zeros(tokens.shape, device=tokens.device)
+        temperature = self.temperature[:, None].float()
+        z = logits.float() / torch.where(temperature > 0, temperature, 1.0)[..., None]
+        return (z.gather(-1, tokens[..., None]).squeeze(-1) - z.logsumexp(-1)) * (temperature > 0)
+
+
 class NoDistribution(ValueError):
     """Logits that acceptance reads are NaN, +inf or nothing but -inf."""
 
