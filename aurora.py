@@ -364,7 +364,8 @@ def arguments(argv):
     args = parser.parse_args(argv)
     lr, steps = (0.05, 3) if args.draft == "scratch" else (0.005, 1)  # a random draft has nothing to lose
     args = argparse.Namespace(**{"lr": lr, "steps": steps} | vars(args))
-    for name, low in (("requests", 1), ("max_new_tokens", 1), ("num_speculative_tokens", 1), ("steps", 1), ("publish_every", 1), ("threads", 0), ("top_k", 0), ("draft_vocab", 0)):
+    for name, low in (("requests", 1), ("max_new_tokens", 1), ("num_speculative_tokens", 1), ("steps", 1), ("publish_every", 1),
+                      ("threads", 0), ("top_k", 0), ("draft_vocab", 0)):
         if getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
     if args.temperature and not 0.01 <= args.temperature < float("inf"):
