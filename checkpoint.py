@@ -157,10 +157,11 @@ def load_model(directory, dtype, kind=Transformer):
 
 
 def load_target(name, dtype=torch.float32):
-    """-> (Transformer, Tokenizer)"""
+    """-> (Transformer, Tokenizer); the embedded target, exported, has bytes for tokens here too."""
     directory = locate(name)
     target = load_model(directory, dtype)
-    return target, Tokenizer(directory, target.config)
+    kind = Tokenizer if (directory / "tokenizer.json").exists() or target.config.vocab_size != 257 else importlib.import_module("aurora").Bytes
+    return target, kind(target.config, directory)
 
 
 def load_draft(name, target):
@@ -207,7 +208,7 @@ def load_eagle3(directory, raw, target):
 
 
 class Tokenizer:
-    def __init__(self, directory, config):
+    def __init__(self, config, directory):
         library = need("tokenizers")
         try:
             self.inner = library.Tokenizer.from_file(str(directory / "tokenizer.json"))

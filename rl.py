@@ -180,8 +180,8 @@ class Trace:
 
 # Top-k and top-p cut the target and the draft before acceptance, and the law of acceptance is that of what is left.  For
 # the draft with gradient one thing is different: an id that its own cut dropped, but the target's kept, is given back to
-# it.  Its probability would be 0 with no gradient, so it could never return; a random draft under top-k = 20 would never
-# learn at all.  Wherever the draft's cut keeps all that the target's keeps, the gradient is that of the law that served.
+# it.  Its probability would be 0 with no gradient, so it could hardly return, and a random draft, whose cut hardly meets the
+# target's, hardly learns.  Wherever the draft's cut keeps all that the target's keeps, the gradient is that of the law that served.
 
 
 @contextmanager
