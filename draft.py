@@ -57,8 +57,8 @@ class DraftLength:
     seconds: measured, of a round with K = 0, 1, .. longest drafted tokens.  Where nothing pays, a round with K = 1 still
     probes now and then, for at most `probing` of all the time, so a worthless draft costs that much and no more."""
 
-    def __init__(self, seconds, probing=0.02, memory=0.98, hope=0.7):
-        self.longest, self.seconds, self.probing, self.memory, self.hope = len(seconds) - 1, seconds, probing, memory, hope
+    def __init__(self, seconds, probing=0.02, hope=0.7):
+        self.longest, self.seconds, self.probing, self.hope = len(seconds) - 1, seconds, probing, hope
         self.kept = [0.0] * self.longest  # each place's acceptances and
         self.tested = [0.0] * self.longest  # tests, old ones fading
         self.spent = self.probed = 0.0
@@ -67,7 +67,7 @@ class DraftLength:
         """S_1, S_2, ..; a place that was hardly ever reached is taken to be like the one before it."""
         a, S, out = self.hope, 1.0, []
         for kept, tested in zip(self.kept, self.tested):
-            a = (kept + 2 * a) / (tested + 2)
+            a = (kept + 5 * a) / (tested + 5)
             S *= a
             out.append(S)
         return out
@@ -89,8 +89,11 @@ class DraftLength:
             self.probed += seconds - self.seconds[0]
         self.spent += seconds
         for n in accepted if K else ():
-            self.kept = [self.memory * x + (j < n) for j, x in enumerate(self.kept)]
-            self.tested = [self.memory * x + (j < min(n + 1, K)) for j, x in enumerate(self.tested)]
+            for j in range(self.longest):
+                reached = j < min(n + 1, K)
+                memory = 0.99 if reached else 0.95  # what is not looked at any more is sooner worth another look
+                self.kept[j] = memory * self.kept[j] + (j < n)
+                self.tested[j] = memory * self.tested[j] + reached
 
     def trust(self, acceptance, tests=50.0):
         """Takes over the learner's estimate of the places' acceptance, as if it were so many tests: it knows the draft
