@@ -477,7 +477,7 @@ def check_outputs(args, parser):
 class Bytes:
     """The embedded target needs no tokenizer: bytes after the begin token."""
 
-    def __init__(self, config, directory=None):
+    def __init__(self, config):
         if (config.vocab_size, config.bos_token_id) != (257, 256):
             raise UserError(f"this target is not byte-level: its vocabulary is {config.vocab_size} and its begin token "
                             f"{config.bos_token_id}, expected 257 and 256")

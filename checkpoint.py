@@ -95,7 +95,8 @@ def understand(directory, raw, tensors):
         refuse(f"{kind} is a mixture of experts, which is not supported")
     if kind not in ("llama", "qwen2", "qwen3"):
         refuse(f"model_type {kind!r} is not supported: expected llama, qwen2 or qwen3")
-    if raw.get("quantization_config") or any(t.element_size() < 2 or not t.is_floating_point() for n, t in tensors.items() if n not in ("d2t", "t2d")):
+    odd = [t for n, t in tensors.items() if n not in ("d2t", "t2d") and (t.element_size() < 2 or not t.is_floating_point())]
+    if odd or raw.get("quantization_config"):
         refuse("its weights are quantised, which is not supported")
     sliding = raw.get("use_sliding_window", raw.get("sliding_window") is not None)
     if sliding or any(layer != "full_attention" for layer in raw.get("layer_types") or ()):
@@ -157,11 +158,11 @@ def load_model(directory, dtype, kind=Transformer):
 
 
 def load_target(name, dtype=torch.float32):
-    """-> (Transformer, Tokenizer); the embedded target, exported, has bytes for tokens here too."""
+    """-> (Transformer, Tokenizer); the exported embedded target has bytes for tokens here too."""
     directory = locate(name)
     target = load_model(directory, dtype)
-    kind = Tokenizer if (directory / "tokenizer.json").exists() or target.config.vocab_size != 257 else importlib.import_module("aurora").Bytes
-    return target, kind(target.config, directory)
+    byte_level = target.config.vocab_size == 257 and not (directory / "tokenizer.json").exists()
+    return target, importlib.import_module("aurora").Bytes(target.config) if byte_level else Tokenizer(target.config, directory)
 
 
 def load_draft(name, target):
@@ -252,10 +253,9 @@ def config_json(config, dtype, **changes):
     kind = "qwen3" if config.qk_norm else "qwen2" if config.attention_bias and not config.output_bias else "llama"
     names = (*SIZES, "rope_theta", "rms_norm_eps", "tie_word_embeddings", "bos_token_id")
     scaling = config.rope_scaling and {"rope_type": "llama3"} | config.rope_scaling
-    eos = list(config.eos_token_ids)
     return {"architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind, "hidden_act": "silu",
             "attention_bias": config.output_bias, "mlp_bias": False, "rope_scaling": scaling,
-            "torch_dtype": str(dtype).removeprefix("torch."), "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+            "torch_dtype": str(dtype).removeprefix("torch."), "eos_token_id": list(config.eos_token_ids) or None,
             **{name: getattr(config, name) for name in names}} | changes
 
 
