@@ -209,15 +209,19 @@ def draft_lengths(target, online, static, args):
 
 
 def seconds_per_round(target, draft, temperature):
-    """Of rounds with 0, 1, .. LONGEST drafted tokens: the best of seven, because more is what else the machine was doing."""
+    """Of rounds with 0, 1, .. LONGEST drafted tokens.  A sweep through all of them meets the machine in one mood, so a
+    round's share of its sweep counts, the median of nine."""
     generation = Generation(target, draft, [Request([0] * PROMPT_LENGTH, 100 * LONGEST, 0, temperature)], LONGEST)
-    seconds = [[] for _ in range(LONGEST + 1)]
-    for _ in tqdm(range(7), desc="timing rounds", leave=False, disable=None, delay=2):
+    sweeps = []
+    for _ in tqdm(range(10), desc="timing rounds", leave=False, disable=None, delay=2):
+        sweeps.append([])
         for K in range(LONGEST, -1, -1):
             begun = time.perf_counter()
             generation.round(K)
-            seconds[K].append(time.perf_counter() - begun)
-    return [min(s) for s in seconds]
+            sweeps[-1].insert(0, time.perf_counter() - begun)
+    sweeps = torch.tensor(sweeps[1:], dtype=torch.float64)  # the first one warms up
+    share = (sweeps / sweeps.sum(1, keepdim=True)).median(0).values
+    return (share * sweeps.sum(1).median() / share.sum()).tolist()
 
 
 def plan(requests, compare):
