@@ -251,7 +251,7 @@ class Journal:
         self.log = open(args.log, "w") if args.log else None
         self.bar = tqdm(total=total, unit="request", disable=None if total > 1 else True)
 
-    def record(self, arm, request, trace, seconds, loss=None, learn_seconds=0.0):
+    def record(self, arm, request, trace, seconds, loss=None, expected_length=None, learn_seconds=0.0):
         width = (trace.draft_tokens >= 0).sum(1)  # what each round drafted; one of plain decoding has no acceptance length
         kept = trace.num_accepted[width > 0]
         line = {"arm": arm, "class": request.kind, "seed": request.seed, "draft_version": trace.version,
@@ -260,7 +260,8 @@ class Journal:
                 "tested": int((trace.num_accepted + 1).minimum(width).sum()),  # drafted tokens up to the first rejection
                 "acceptance_histogram": torch.bincount(kept, minlength=trace.draft_tokens.shape[1] + 1).tolist(),
                 "mean_acceptance_length": 1 + int(kept.sum()) / max(1, len(kept)),
-                "serve_seconds": seconds, "learn_seconds": learn_seconds, "update_loss": loss}
+                "serve_seconds": seconds, "learn_seconds": learn_seconds,
+                "expected_length": expected_length, "update_loss": loss}
         self.records.append(line)
         if self.log:
             print(json.dumps(line), file=self.log, flush=True)
@@ -298,11 +299,15 @@ class Journal:
         print(*("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows), sep="\n")
         curves = {(kind, arm): [r["mean_acceptance_length"] for r in self.of(kind, arm)]
                   for kind in self.report() for arm in ("static", "online") if self.of(kind, arm)}
-        cells = {name: bucketed(curve, 48) for name, curve in curves.items()}
-        top = max(max(c) for c in cells.values()) if cells else 1.0
-        print(f"\nacceptance length over the requests, from 1 to {top:.2f}, and the mean of the first and of the last five")
-        for (kind, arm), curve in curves.items():
-            print(f"{kind:8s} {arm:6s}  {sparkline(cells[kind, arm], 1.0, top)}  {mean(curve[:5]):.2f} -> {mean(curve[-5:]):.2f}")
+        learned = {(kind, "expected"): [r["expected_length"] for r in self.of(kind, "online") if r["expected_length"]] for kind in self.report()}
+        for title, rows in (("acceptance length over the requests", curves),
+                            ("expected, had every place of the answer started a chain of one length; before learning from it", {name: curve for name, curve in learned.items() if curve})):
+            cells = {name: bucketed(curve, 48) for name, curve in rows.items()}
+            top = max((max(c) for c in cells.values()), default=1.0)
+            if rows:
+                print(f"\n{title}, from 1 to {top:.2f}, and the mean of the first and of the last five")
+            for (kind, name), curve in rows.items():
+                print(f"{kind:8s} {name:8s}  {sparkline(cells[kind, name], 1.0, top)}  {mean(curve[:5]):.2f} -> {mean(curve[-5:]):.2f}")
 
     def close(self):
         self.bar.close()

@@ -315,7 +315,9 @@ class Learner:
         return sum(share * loss for share, loss, _ in parts), max(parts, key=lambda part: part[0])[2]
 
     def update(self, trace):
-        """Learns from one more trace -> {"loss": its own, "learn_seconds"}.
+        """Learns from one more trace -> {"loss": its own, "expected_length", "learn_seconds"}.
+
+        expected_length: tokens a round to expect of chains of this length, on this answer, before it is learned from.
 
         Raises UserError when a gradient is not finite or the weights have exploded."""
         begun, losses = time.perf_counter(), []
@@ -342,7 +344,8 @@ class Learner:
                 optimizer.zero_grad()
         if not all(p.abs().max() < 1e6 for p in self.draft.parameters()):  # far from any weight of use; NaN is not less
             raise UserError(f"learning diverged at update {self.updates}: the weights are past a million; lower --lr")
-        return {"loss": losses[0], "learn_seconds": time.perf_counter() - begun}
+        expected = 1 + torch.tensor(self.acceptance).cumprod(0).sum().item()
+        return {"loss": losses[0], "expected_length": expected, "learn_seconds": time.perf_counter() - begun}
 
     def measure_signal(self):
         muon, _ = self.optimizers
