@@ -667,6 +667,25 @@ def test_plain_rounds_teach_by_what_followed_them():
     torch.testing.assert_close(learner.loss(trace)[0], total / len(trace.starts), atol=1e-6, rtol=1e-6)
 
 
+def test_what_the_target_said_is_never_rounded_to_bfloat16():
+    """Inside the learner's fast products the target's rows are still those of float32: a rounded row can have another
+    argmax than the one that served.  And a token that its row gives no probability, as after any such rounding, ends its
+    chain instead of dividing by zero."""
+    target = tiny_target(gain=2.0)
+    trace, _ = generate(target, tiny_draft(target), request(new=40), 3)
+    before = torch.get_float32_matmul_precision()
+    with rl.products("medium"):
+        rows, _ = rl.target_rows(tiny_draft(target), trace, trace.target_hidden, trace.draft_tokens)
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == before
+    finite = rows.isfinite()
+    torch.testing.assert_close(rows[finite], trace.target_logits[finite], atol=1e-6, rtol=1e-6)
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    said = logits.detach().argmin(-1)
+    loss = rl.target_side_loss(logits, logits.detach(), said, temperature=0, log=True)
+    assert loss.isfinite() and torch.autograd.grad(loss, logits)[0].isfinite().all()
+
+
 def test_the_rate_follows_the_signal():
     """Gradients along the last steps' direction raise it to 1, opposed ones to -1, where nothing moves any more; a
     resumed learner goes on with it."""
