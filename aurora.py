@@ -211,9 +211,12 @@ def draft_lengths(target, online, static, args):
 def seconds_per_round(target, draft, temperature):
     """Of rounds with 0, 1, .. LONGEST drafted tokens.  A sweep through all of them meets the machine in one mood, so a
     round's share of its sweep counts, the median of nine."""
-    generation = Generation(target, draft, [Request([0] * PROMPT_LENGTH, 100 * LONGEST, 0, temperature)], LONGEST)
+    context = min(target.config.max_position_embeddings, draft.config.max_position_embeddings)
+    prompt = [0] * max(2, min(PROMPT_LENGTH, context - 64))  # a sweep drafts and commits less than 64 tokens
     sweeps = []
     for _ in tqdm(range(10), desc="timing rounds", leave=False, disable=None, delay=2):
+        generation = Generation(target, draft, [Request(prompt, 64, 0, temperature)], LONGEST)
+        generation.round(LONGEST)  # the draft reads the prompt
         sweeps.append([])
         for K in range(LONGEST, -1, -1):
             begun = time.perf_counter()

@@ -445,6 +445,13 @@ def test_the_draft_length_may_change_every_round(lengths=(2, 0, 0, 4, 0, 1, 3)):
             assert first is None or top[0] - top[1] < 1e-4
 
 
+@pytest.mark.parametrize("context", [64, 128, 512])
+def test_rounds_of_every_length_are_timed_in_any_context(context):
+    target = tiny_target(max_position_embeddings=context)
+    seconds = aurora.seconds_per_round(target, tiny_draft(target), 0.0)
+    assert len(seconds) == aurora.LONGEST + 1 and min(seconds) > 0
+
+
 @pytest.mark.parametrize("cost, best", [(0.01, 7), (0.02, 6), (0.05, 4), (0.1, 3)])
 def test_the_best_length_is_the_textbooks(cost, best):
     """(1 - a^(K+1)) / (1 - a) / (K c + 1) at overlap a = 0.6, where verifying costs what one token costs."""
@@ -2163,7 +2170,8 @@ def test_the_embedded_target_in_hugging_face_layout(checkpoint, tmp_path, capsys
         torch.testing.assert_close(theirs(ids).logits[..., :256], target.logits(target(ids)[0])[..., :256], atol=1e-4, rtol=0)
     answers = []
     for name in (HERE / "weights/target.pt", tmp_path / "out"):
-        aurora.main(["--target", str(name), "--draft", "ngram", "--prompt", "def main():", "--max-new-tokens", "16"])
+        aurora.main(["--target", str(name), "--draft", "ngram", "--prompt", "def main():", "--max-new-tokens", "16",
+                     "--num-speculative-tokens", "4"])  # in auto, the clock has a say
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] and len(answers[0]) > 8
 
