@@ -17,7 +17,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall a small model on a busy machine
 
 import argparse
-import codecs
 import copy
 import importlib.util
 import json
@@ -36,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from draft import Draft, DraftLength, FixedLength, NGram, load_draft
-from model import UserError, load_target, save
+from model import Bytes, UserError, load_target, save
 from pretrain import CLASSES, traffic
 from rl import ESTIMATORS, Learner, Trace
 from verify import NoDistribution, Sampling, accept, kernel
@@ -210,11 +209,13 @@ def draft_lengths(target, online, static, args):
 
 def seconds_per_round(target, draft, temperature):
     """Of rounds with 0, 1, .. LONGEST drafted tokens.  A sweep through all of them meets the machine in one mood, so a
-    round's share of its sweep counts, the median of nine."""
+    round's share of its sweep counts: the median of nine sweeps, of fewer (two at least) if they take over three seconds."""
     context = min(target.config.max_position_embeddings, draft.config.max_position_embeddings)
     prompt = [0] * max(2, min(PROMPT_LENGTH, context - 64))  # a sweep drafts and commits less than 64 tokens
-    sweeps = []
+    sweeps, started = [], time.perf_counter()
     for _ in tqdm(range(10), desc="timing rounds", leave=False, disable=None, delay=2):
+        if len(sweeps) > 2 and time.perf_counter() - started > 3:
+            break
         generation = Generation(target, draft, [Request(prompt, 64, 0, temperature)], LONGEST)
         generation.round(LONGEST)  # the draft reads the prompt
         sweeps.append([])
@@ -302,20 +303,25 @@ class Journal:
         print(*("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows), sep="\n")
         curves = {(kind, arm): [r["mean_acceptance_length"] for r in self.of(kind, arm)]
                   for kind in self.report() for arm in ("static", "online") if self.of(kind, arm)}
-        learned = {(kind, "expected"): [r["expected_length"] for r in self.of(kind, "online") if r["expected_length"]] for kind in self.report()}
-        for title, rows in (("acceptance length over the requests", curves),
-                            ("expected, had every place of the answer started a chain of one length; before learning from it", {name: curve for name, curve in learned.items() if curve})):
-            cells = {name: bucketed(curve, 48) for name, curve in rows.items()}
-            top = max((max(c) for c in cells.values()), default=1.0)
-            if rows:
-                print(f"\n{title}, from 1 to {top:.2f}, and the mean of the first and of the last five")
-            for (kind, name), curve in rows.items():
-                print(f"{kind:8s} {name:8s}  {sparkline(cells[kind, name], 1.0, top)}  {mean(curve[:5]):.2f} -> {mean(curve[-5:]):.2f}")
+        print_curves("acceptance length over the requests", curves)
+        print_curves("expected, had every place of the answer started a chain of one length; before learning from it",
+                     {(kind, "expected"): [r["expected_length"] for r in self.of(kind, "online") if r["expected_length"]] for kind in self.report()})
 
     def close(self):
         self.bar.close()
         if self.log:
             self.log.close()
+
+
+def print_curves(title, curves):
+    """A sparkline for each {(class, name): values, one a request} that has any, all on one scale."""
+    curves = {name: values for name, values in curves.items() if values}
+    cells = {name: bucketed(values, 48) for name, values in curves.items()}
+    top = max((max(c) for c in cells.values()), default=1.0)
+    if curves:
+        print(f"\n{title}, from 1 to {top:.2f}, and the mean of the first and of the last five")
+    for (kind, name), values in curves.items():
+        print(f"{kind:8s} {name:8s}  {sparkline(cells[kind, name], 1.0, top)}  {mean(values[:5]):.2f} -> {mean(values[-5:]):.2f}")
 
 
 def mean(values):
@@ -484,23 +490,6 @@ def check_outputs(args, parser):
             parser.error(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")
         if not importlib.util.find_spec("matplotlib"):
             parser.error("--plot needs matplotlib: pip install -r requirements-plot.txt")
-
-
-class Bytes:
-    """The embedded target needs no tokenizer: bytes after the begin token."""
-
-    def __init__(self, config):
-        if (config.vocab_size, config.bos_token_id) != (257, 256):
-            raise UserError(f"this target is not byte-level: its vocabulary is {config.vocab_size} and its begin token "
-                            f"{config.bos_token_id}, expected 257 and 256")
-
-    def encode(self, text):
-        return [256, *text.encode()]
-
-    def stream(self):
-        """-> put(token) -> text, and end() -> what is left of it."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return (lambda token: decoder.decode(bytes([token]))), (lambda: decoder.decode(b"", final=True))
 
 
 def read_prompts(path):

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from draft import Draft, NGram, SmallModel, fill_draft
-from model import Config, Transformer, UserError, add_tables, fill
+from model import Bytes, Config, Transformer, UserError, add_tables, fill
 from model import load_target as load_ours
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -162,7 +162,7 @@ def load_target(name, dtype=torch.float32):
     directory = locate(name)
     target = load_model(directory, dtype)
     byte_level = target.config.vocab_size == 257 and not (directory / "tokenizer.json").exists()
-    return target, importlib.import_module("aurora").Bytes(target.config) if byte_level else Tokenizer(target.config, directory)
+    return target, Bytes(target.config) if byte_level else Tokenizer(target.config, directory)
 
 
 def load_draft(name, target):

@@ -1,11 +1,12 @@
 """The drafts: what guesses the target's next K tokens.  An EAGLE-3 head, a small language model, or prompt lookup.
 
-All have one interface.  `feature_layers` is what a draft asks of the target (none: the tokens alone); new_cache(B, S) is its memory of B requests;
-propose() drafts; replay() computes the logits of many rounds anew, with gradient; `vocabulary` holds the ids that it can
-say, None for all.
+All have one interface.  `feature_layers` is what a draft asks of the target (none: the tokens alone); new_cache(B, S) is
+its memory of B requests; propose() drafts; replay() computes the logits of many rounds anew, with gradient; `vocabulary`
+holds the ids that it can say, None for all.  How many tokens to draft is DraftLength's to say.
 
-The EAGLE-3 head (Li et al. 2503.01840), `Draft`, is the one that this project is about.  It reads three of the target's hidden states, so it starts from what the target already knows.  They are fused
-into one vector g, put beside the embedding of the token that follows, and go through one transformer layer:
+The EAGLE-3 head (Li et al. 2503.01840), `Draft`, is the one that this project is about.  It reads three of the target's
+hidden states, so it starts from what the target already knows.  They are fused into one vector g, put beside the embedding
+of the token that follows, and go through one transformer layer:
 
     position t:   g_t = fc(features_t),   token x_{t+1}   ->   layer   ->   h_t   ->   head   ->   draft_q of x_{t+2}
 
@@ -95,11 +96,12 @@ class DraftLength:
                 self.kept[j] = memory * self.kept[j] + (j < n)
                 self.tested[j] = memory * self.tested[j] + reached
 
-    def trust(self, acceptance, tests=50.0):
-        """Takes over the learner's estimate of the places' acceptance, as if it were so many tests: it knows the draft
-        that is about to serve, and places that no round has reached."""
+    def trust(self, acceptance, tests=10.0):
+        """The learner's estimate of the places' acceptance counts as so many tests: it knows the draft that is about to
+        serve, and places that no round has reached.  What was seen of the draft before it counts less."""
         for j, a in enumerate(acceptance[: self.longest]):
-            self.kept[j], self.tested[j] = tests * a, tests
+            self.kept[j] = 0.7 * self.kept[j] + tests * a
+            self.tested[j] = 0.7 * self.tested[j] + tests
 
     def __str__(self):
         ratios = " ".join(f"{t / self.seconds[0]:.2f}" for t in self.seconds[1:])

@@ -8,6 +8,7 @@ Letters: B batch rows, T tokens of this call, S cache slots, V vocabulary, D hid
          H heads, G key/value heads, E head width.
 """
 
+import codecs
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -243,3 +244,20 @@ def load_target(path):
     if config.num_hidden_layers < 2:
         raise UserError(f"{path} is a draft, not a target: it has {config.num_hidden_layers} layer")
     return fill(Transformer(config), weights, path), record
+
+
+class Bytes:
+    """The embedded target needs no tokenizer: bytes after the begin token."""
+
+    def __init__(self, config):
+        if (config.vocab_size, config.bos_token_id) != (257, 256):
+            raise UserError(f"this target is not byte-level: its vocabulary is {config.vocab_size} and its begin token "
+                            f"{config.bos_token_id}, expected 257 and 256")
+
+    def encode(self, text):
+        return [256, *text.encode()]
+
+    def stream(self):
+        """-> put(token) -> text, and end() -> what is left of it."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return (lambda token: decoder.decode(bytes([token]))), (lambda: decoder.decode(b"", final=True))

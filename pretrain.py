@@ -8,7 +8,7 @@
     python pretrain.py --eval                         held-out bits per byte and overlap of what is shipped
 
 Training resumes from its checkpoint file.  With glibc, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 saves
-a third of the time: large blocks are then kept instead of being mapped anew at every step.
+time: large blocks are then kept instead of being mapped anew at every step.
 
 The text is what every machine with Python and torch has: the standard library's source (`python`), the
 C++ headers under torch's include folder (`cpp`), and prose (`docs`): pydoc's topics and the long
@@ -23,6 +23,7 @@ import copy
 import inspect
 import math
 import platform
+import sys
 import sysconfig
 import time
 import zlib
@@ -442,6 +443,12 @@ def main():
     classes = args.draft.split(",") if args.draft else []
     if set(classes) - set(CLASSES):
         parser.error(f"--draft {args.draft}: expected some of {','.join(CLASSES)}")
+    for path in filter(None, (args.answered, args.init)):
+        if not Path(path).is_file():
+            parser.error(f"there is no file {path}")
+    for path in filter(None, (args.answers, args.out)):
+        if not Path(path).absolute().parent.is_dir():
+            parser.error(f"cannot write {path}: its directory does not exist")
     texts = corpus()
     print_corpus(texts)
     if args.target:
@@ -457,4 +464,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except transformer.UserError as error:
+        print(f"pretrain: {error}", file=sys.stderr)
+        sys.exit(2)

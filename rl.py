@@ -28,6 +28,7 @@ All of it is conditional on where rounds start; that the draft also moves the st
 Letters: R rounds, K drafted tokens a round, V vocabulary, T tokens of a sequence.
 """
 
+import math
 import time
 from collections import deque
 from contextlib import contextmanager
@@ -122,11 +123,13 @@ def target_side_loss(draft_logits, target_logits, target_tokens, temperature=1.0
 
 @torch.no_grad()
 def acceptance(draft_logits, target_logits, tokens, temperature=1.0, behaviour_logprobs="target"):
-    """(K,): the overlap at each place of the chain given that the chain gets there; 1 + sum of its cumulative product is
-    the acceptance length to expect.  Arguments as above; "target": tokens drawn from the target."""
+    """The overlap at each place of the chain given that the chain gets there, as far as any token is no pad: (K,) or less.
+    1 + the sum of its cumulative product is the acceptance length to expect.  Arguments as above; "target": tokens drawn
+    from the target."""
     a, alpha, _, _ = _chain(draft_logits, target_logits, tokens, temperature, behaviour_logprobs)
-    before = _exclusive_cumprod(a) * (tokens >= 0)
-    return (before * alpha).sum(0) / before.sum(0).clamp(min=1e-9)
+    real = tokens >= 0
+    before = (_exclusive_cumprod(a) * real)[:, real.any(0)]
+    return (before * alpha[:, real.any(0)]).sum(0) / before.sum(0).clamp(min=1e-9)
 
 
 def _log_utility(before, alpha):
@@ -187,8 +190,7 @@ class Trace:
 @contextmanager
 def products(precision):
     """Matrix products of float32 tensors: "medium" in bfloat16 with float32 sums, where the processor does that faster, or
-    "highest".  The draft's replay and its gradient are in the former, a fourth of the time on a Xeon with AMX; what the
-    target said, and all serving, in the latter."""
+    "highest".  The draft's replay and its gradient are in the former; what the target said, and all serving, in the latter."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -348,13 +350,15 @@ class Learner:
         return {"loss": losses[0], "expected_length": expected, "learn_seconds": time.perf_counter() - begun}
 
     def measure_signal(self):
+        """Called with the gradients of a new trace alone; before the first step there is no direction yet."""
         muon, _ = self.optimizers
-        pairs = [(p.grad, muon.state[p]["momentum_buffer"]) for p in muon.param_groups[0]["params"] if p in muon.state]
-        gradient, direction = (torch.cat([x.flatten() for x in side]) for side in zip(*pairs)) if pairs else (torch.zeros(1),) * 2
-        if direction.any() and gradient.isfinite().all():
-            self.measured += 1
+        if muon.state:
+            gradient = torch.cat([p.grad.flatten() for p in muon.param_groups[0]["params"]])
+            direction = torch.cat([muon.state[p]["momentum_buffer"].flatten() for p in muon.param_groups[0]["params"]])
             cosine = torch.cosine_similarity(gradient, direction, dim=0).item()
-            self.signal += max(0.1, 1 / (1 + self.measured)) * (cosine - self.signal)
+            if math.isfinite(cosine):  # else the update is about to fail, and this is kept
+                self.measured += 1
+                self.signal += max(0.1, 1 / (1 + self.measured)) * (cosine - self.signal)
 
     def publish(self):
         """The weights that serve from now on; a new version if they have changed since the last."""

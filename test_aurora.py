@@ -693,6 +693,16 @@ def test_what_the_target_said_is_never_rounded_to_bfloat16():
     assert loss.isfinite() and torch.autograd.grad(loss, logits)[0].isfinite().all()
 
 
+def test_places_that_no_round_reached_have_no_acceptance():
+    """Chains of 2, 1 and 0 tokens, padded to 4: an estimate for two places, which is the overlap where the chain got to."""
+    g = torch.Generator().manual_seed(5)
+    draft, target = (torch.randn(3, 4, 6, generator=g, dtype=torch.float64) for _ in range(2))
+    tokens = torch.tensor([[1, 2, -1, -1], [3, -1, -1, -1], [-1, -1, -1, -1]])
+    least = torch.minimum(draft.softmax(-1), target.softmax(-1))
+    expected = [least[:2, 0].sum(-1).mean(), least[0, 1].sum()]
+    torch.testing.assert_close(rl.acceptance(draft, target, tokens), torch.stack(expected))
+
+
 def test_the_rate_follows_the_signal():
     """Gradients along the last steps' direction raise it to 1, opposed ones to -1, where nothing moves any more; a
     resumed learner goes on with it."""
@@ -723,9 +733,12 @@ def test_divergence_is_reported_and_the_draft_kept():
     learner = rl.Learner(tiny_draft(target), "log", 1e-3, 0.5)
     trace, _ = generate(target, learner.draft, request(), 3)
     trace.features[0] = float("nan")
-    before = [p.clone() for p in learner.draft.parameters()]
+    whole, _ = generate(target, learner.draft, request(seed=1), 3)
+    learner.update(whole)
+    before, signal = [p.clone() for p in learner.draft.parameters()], learner.signal
     with pytest.raises(UserError, match="diverged"):
         learner.update(trace)
+    assert learner.signal == signal
     assert all(torch.equal(a, b) for a, b in zip(before, learner.draft.parameters()))
 
 
