@@ -8,8 +8,6 @@
 For every request: draft K tokens, verify them with the target, commit what it accepts and one token of its own;
 when the answer is complete, its trace is the draft's next lesson, and the next request is served by what it learned.
 The method is Aurora's (2602.06932); the README numbers the departures.
-
-Letters: B batch rows, T tokens, K drafted tokens a round, R rounds, V vocabulary, D hidden width.
 """
 
 import os
@@ -26,154 +24,22 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from draft import Draft, DraftLength, FixedLength, NGram, load_draft
 from model import Bytes, UserError, load_target, save
 from pretrain import CLASSES, traffic
-from rl import ESTIMATORS, Learner, Trace
-from verify import NoDistribution, Sampling, accept, kernel
+from rl import ESTIMATORS, Learner
+from serve import LONGEST, Generation, Request, generate, rounds, seconds_per_round
+from verify import NoDistribution, kernel
 
 HERE = Path(__file__).parent
 ARMS = ("plain", "static", "online")
 PROMPT_LENGTH = 128  # characters, of the built-in traffic
-LONGEST = 8  # drafted tokens a round, where the number is found as it goes
-
-
-# ---- one batch of requests, from prompt to trace ---------------------------------------------------
-
-
-@dataclass
-class Request:
-    prompt: list  # token ids, the begin token included
-    max_new_tokens: int
-    seed: int
-    temperature: float
-    kind: str = "prompts"  # class of traffic
-    top_p: float = 1.0
-    top_k: int = 0  # 0 keeps all
-
-
-class Generation:
-    """Speculative decoding of B requests.  Without a draft it is plain decoding: the same loop, a bonus token a round.
-
-    K: drafted tokens a round; `round` may be told a lower number.
-    Row b has committed `committed[b]`.  The target has read all of it but the last token; `unread[b]` are the
-    features of what it has read since the draft looked last."""
-
-    @torch.no_grad()
-    def __init__(self, target, draft, requests, K):
-        self.target, self.draft, self.requests, self.K = target, draft, requests, K
-        self.device = device = target.lm_head.weight.device
-        self.generators = [torch.Generator().manual_seed(r.seed) for r in requests]
-        self.sampling = Sampling([(r.temperature, r.top_p, r.top_k) for r in requests], device)
-        self.stopped = [False] * len(requests)
-        self.committed = [list(r.prompt) for r in requests]
-        self.rounds = [[] for _ in requests]
-        slots = max(len(r.prompt) + r.max_new_tokens for r in requests) + 2 * K + 1
-        self.target_cache = target.new_cache(len(requests), slots)
-        self.draft_cache = draft.new_cache(len(requests), slots) if draft else None
-
-        ids = pad_sequence([torch.tensor(r.prompt[:-1]) for r in requests], batch_first=True).to(device)
-        positions = torch.arange(ids.shape[1], device=device).expand(len(requests), -1)
-        _, features = target(ids, positions, self.target_cache)
-        self.prompt_features = [features[b, : len(r.prompt) - 1] for b, r in enumerate(requests)]
-        self.unread = [[f] for f in self.prompt_features]
-
-    def active(self, b):
-        return not self.stopped[b] and len(self.committed[b]) < len(self.requests[b].prompt) + self.requests[b].max_new_tokens
-
-    @property
-    def done(self):
-        return not any(self.active(b) for b in range(len(self.requests)))
-
-    @torch.no_grad()
-    def round(self, K=None):
-        """Draft, verify, commit.  Returns per row (accepted tokens, the target's own token); None if complete."""
-        K = self.K if K is None else K
-        length = torch.tensor([len(ids) for ids in self.committed], device=self.device)
-        uniforms = torch.stack([torch.rand(2 * K + 1, generator=g, dtype=torch.float64) for g in self.generators])
-        uniforms = uniforms.to(self.device)
-
-        # Draft.
-        draft_tokens, draft_logits = torch.empty(len(self.requests), 0, dtype=torch.int64, device=self.device), None
-        if K:
-            draft_tokens, draft_logits = self.draft.propose(*self.fresh(), uniforms[:, :K], self.sampling, self.draft_cache)
-
-        # Verify: the last committed token and the drafted ones, at positions length-1 .. length-1+K.
-        last_token = torch.tensor([ids[-1:] for ids in self.committed], device=self.device)
-        positions = (length - 1)[:, None] + torch.arange(K + 1, device=self.device)
-        block = torch.cat([last_token, draft_tokens.clamp(min=0)], dim=1)  # (B, K+1)
-        hidden, features = self.target(block, positions, self.target_cache)
-        target_logits = self.sampling.filter(self.target.logits(hidden))  # (B, K+1, V)
-        num_accepted, next_token = accept(target_logits, draft_logits, draft_tokens, uniforms[:, K:], self.sampling.temperature)
-        behaviour = self.sampling.logprobs(draft_logits, draft_tokens)  # (B, K)
-
-        # Commit: nothing is undone, the next round goes on from `length` and writes over what was rejected.
-        output = []
-        drafted, decided = draft_tokens.tolist(), torch.stack([num_accepted, next_token], 1).tolist()
-        for b, (n, own) in enumerate(decided):
-            if not self.active(b):  # a finished row stands still
-                output.append(None)
-                continue
-            kept = drafted[b][:n] + [own]
-            n = next((i for i, token in enumerate(kept) if token in self.target.config.eos_token_ids), n)
-            self.stopped[b] = kept[n] in self.target.config.eos_token_ids  # the answer ends with its first stop token, whose ever
-            if K:
-                self.unread[b].clear()
-            self.unread[b].append(features[b, : n + 1])
-            self.rounds[b].append((length[b] - 2, draft_tokens[b], behaviour[b], hidden[b], features[b, : n + 1], n))
-            self.committed[b] += kept[: n + 1]
-            output.append((kept[:n], kept[n]))
-        return output
-
-    def fresh(self):
-        """What the draft has yet to read, rows padded at their ends: features (B, F, 3D), the token that follows each
-        (B, F), their positions, and the index of each row's last one (B,)."""
-        features = [torch.cat(u) if len(u) > 1 else u[0] for u in self.unread]
-        ids = [torch.tensor(ids[-len(f) :]) for ids, f in zip(self.committed, features)]
-        last = torch.tensor([len(f) - 1 for f in features])
-        first = torch.tensor([len(ids) for ids in self.committed]) - 2 - last
-        positions = first[:, None] + torch.arange(int(last.max()) + 1)
-        return (pad_sequence(features, batch_first=True), *(x.to(self.device) for x in (pad_sequence(ids, batch_first=True), positions, last)))
-
-    def trace(self, b, version=0):
-        """Rounds that drafted less than the longest one are padded: tokens with -1, the rest with 0."""
-        request = self.requests[b]
-        starts, draft_tokens, behaviour, hidden, features, accepted = zip(*self.rounds[b])
-        return Trace(
-            ids=torch.tensor(self.committed[b], device=self.device), prompt_length=len(request.prompt),
-            features=torch.cat([self.prompt_features[b], *features]), starts=torch.stack(starts),
-            draft_tokens=pad_sequence(draft_tokens, batch_first=True, padding_value=-1),
-            behaviour_logprobs=pad_sequence(behaviour, batch_first=True),
-            target_hidden=pad_sequence(hidden, batch_first=True), head=self.target.logits, num_accepted=torch.tensor(accepted),
-            temperature=request.temperature, version=version, top_p=request.top_p, top_k=request.top_k)
-
-
-def rounds(generation, draft_length):
-    """Round after round until every request is complete, each as long as `draft_length` says."""
-    while not generation.done:
-        begun, K = time.perf_counter(), draft_length.choose()
-        output = generation.round(K)
-        draft_length.observe(K, [len(kept) for kept, _ in filter(None, output)], time.perf_counter() - begun)
-        yield output
-
-
-def generate(target, draft, request, K, version=0):
-    """Answers one request -> (its trace, seconds).  K: a number, or the DraftLength that chooses one every round."""
-    begun = time.perf_counter()
-    draft_length = FixedLength(K) if isinstance(K, int) else K
-    generation = Generation(target, draft, [request], draft_length.longest)
-    for _ in rounds(generation, draft_length):
-        pass
-    seconds = time.perf_counter() - begun
-    return generation.trace(0, version), seconds
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -205,27 +71,6 @@ def draft_lengths(target, online, static, args):
         if type(draft) not in costs:
             costs[type(draft)] = seconds_per_round(target, draft, args.temperature)
     return {arm: DraftLength(costs[type(draft)]) for arm, draft in (("static", static), ("online", online)) if draft}
-
-
-def seconds_per_round(target, draft, temperature):
-    """Of rounds with 0, 1, .. LONGEST drafted tokens.  A sweep through all of them meets the machine in one mood, so a
-    round's share of its sweep counts: the median of nine sweeps, of fewer (two at least) if they take over three seconds."""
-    context = min(target.config.max_position_embeddings, draft.config.max_position_embeddings)
-    prompt = [0] * max(2, min(PROMPT_LENGTH, context - 64))  # a sweep drafts and commits less than 64 tokens
-    sweeps, started = [], time.perf_counter()
-    for _ in tqdm(range(10), desc="timing rounds", leave=False, disable=None, delay=2):
-        if len(sweeps) > 2 and time.perf_counter() - started > 3:
-            break
-        generation = Generation(target, draft, [Request(prompt, 64, 0, temperature)], LONGEST)
-        generation.round(LONGEST)  # the draft reads the prompt
-        sweeps.append([])
-        for K in range(LONGEST, -1, -1):
-            begun = time.perf_counter()
-            generation.round(K)
-            sweeps[-1].insert(0, time.perf_counter() - begun)
-    sweeps = torch.tensor(sweeps[1:], dtype=torch.float64)  # the first one warms up
-    share = (sweeps / sweeps.sum(1, keepdim=True)).median(0).values
-    return (share * sweeps.sum(1).median() / share.sum()).tolist()
 
 
 def plan(requests, compare):

@@ -314,7 +314,8 @@ def bench(args):
     """Tokens/s of plain and of speculative decoding, ours and transformers', greedy, on the same prompts.
 
     A ratio is taken within a turn, where the arms follow one another; what is printed is the median of the turns."""
-    from aurora import Request, find_draft, generate
+    from aurora import find_draft
+    from serve import Request, generate
 
     transformers = need("transformers")
     dtype, K = getattr(torch, args.dtype), args.num_speculative_tokens

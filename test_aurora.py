@@ -26,10 +26,11 @@ import aurora
 import model
 import pretrain
 import rl
+import serve
 import verify
-from aurora import Generation, Request, generate
 from draft import Draft, DraftLength
 from model import Config, Transformer, UserError, load, save
+from serve import Generation, Request, generate
 from verify import accept, accept_reference, inverse_cdf, probabilities
 
 HERE = Path(__file__).parent
@@ -388,7 +389,7 @@ def test_law_of_generated_text_is_the_targets(K, B=6000):
     draft = tiny_draft(target)
     temperature, prompt = 0.8, [4, 1, 2, 0, 3, 3]
     run = Generation(target, draft if any(K) else None, [Request(prompt, 3, seed, temperature) for seed in range(B)], max(K))
-    list(aurora.rounds(run, Changing(*K)))
+    list(serve.rounds(run, Changing(*K)))
     counts = Counter(tuple(ids[6:9]) for ids in run.committed)
     texts = list(itertools.product(range(4), repeat=3))
     hidden, _ = target(torch.tensor([prompt + list(x) for x in texts]))
@@ -426,7 +427,7 @@ def test_the_draft_length_may_change_every_round(lengths=(2, 0, 0, 4, 0, 1, 3)):
     for seed, temperature in ((0, 0.0), (1, 0.9)):
         r = request(seed=seed, temperature=temperature, new=60)
         run = Generation(target, draft, [r, request(length=9, seed=7, temperature=temperature, new=45)], 4)
-        list(aurora.rounds(run, Changing(*lengths)))
+        list(serve.rounds(run, Changing(*lengths)))
         for b in range(2):
             trace = run.trace(b)
             assert [int(n) for n in (trace.draft_tokens >= 0).sum(1)] == list(itertools.islice(itertools.cycle(lengths), len(trace.starts)))
@@ -448,8 +449,8 @@ def test_the_draft_length_may_change_every_round(lengths=(2, 0, 0, 4, 0, 1, 3)):
 @pytest.mark.parametrize("context", [64, 128, 512])
 def test_rounds_of_every_length_are_timed_in_any_context(context):
     target = tiny_target(max_position_embeddings=context)
-    seconds = aurora.seconds_per_round(target, tiny_draft(target), 0.0)
-    assert len(seconds) == aurora.LONGEST + 1 and min(seconds) > 0
+    seconds = serve.seconds_per_round(target, tiny_draft(target), 0.0)
+    assert len(seconds) == serve.LONGEST + 1 and min(seconds) > 0
 
 
 @pytest.mark.parametrize("cost, best", [(0.01, 7), (0.02, 6), (0.05, 4), (0.1, 3)])
@@ -659,7 +660,7 @@ def test_plain_rounds_teach_by_what_followed_them():
     target = tiny_target(dtype=torch.float64)
     draft = tiny_draft(target)
     run = Generation(target, draft, [request(new=30)], 3)
-    list(aurora.rounds(run, Changing(2, 0, 3, 0, 0, 1)))
+    list(serve.rounds(run, Changing(2, 0, 3, 0, 0, 1)))
     trace, K, learner = run.trace(0), 4, rl.Learner(draft, "log", 1e-3, 0.0, chain=4)
     logits, rows, tokens = rl.replay_answer(draft, trace, K)
     total = 0.0
@@ -2098,7 +2099,7 @@ def test_a_head_of_other_sizes_keeps_them(checkpoint, hf, tmp_path):
     target = checkpoint.load_model(hf / "target", torch.float32)
     other = Draft(target, replace(Draft(target).config, intermediate_size=40, num_attention_heads=2, num_key_value_heads=1, rope_theta=7e3))
     checkpoint.export_draft(other, tmp_path / "out", "scratch", 4)
-    serve(hf, "--draft", tmp_path / "out", "--save", tmp_path / "kept", "--no-learn")
+    serve_checkpoint(hf, "--draft", tmp_path / "out", "--save", tmp_path / "kept", "--no-learn")
     back, _ = aurora.find_draft(str(tmp_path / "kept"), target)
     assert back.config == other.config and all(torch.equal(a, b) for a, b in zip(back.parameters(), other.parameters()))
     save(tmp_path / "d.pt", other.config, other.state_dict(), {})
@@ -2192,7 +2193,7 @@ def test_the_embedded_target_in_hugging_face_layout(checkpoint, tmp_path, capsys
 # ---- the driver on real checkpoints --------------------------------------------------------------------------
 
 
-def serve(hf, *more):
+def serve_checkpoint(hf, *more):
     aurora.main(["--target", f"{hf}/target", "--prompts", f"{hf}/prompts.txt", "--max-new-tokens", "10",
                  "--num-speculative-tokens", "4", *map(str, more)])
 
@@ -2201,11 +2202,11 @@ def test_driver_serves_saves_resumes_and_exports_a_pruned_head(checkpoint, hf, t
     """The pruning is fixed at creation: the lowest ids and the end tokens; a resumed run keeps it, so does an export."""
     edit(hf / "target/config.json", eos_token_id=280)
     try:
-        serve(hf, "--draft-vocab", 50, "--save", tmp_path / "kept", "--top-p", 0.9, "--top-k", 40)
-        serve(hf, "--draft", tmp_path / "kept", "--save", tmp_path / "kept", "--export", tmp_path / "out")
+        serve_checkpoint(hf, "--draft-vocab", 50, "--save", tmp_path / "kept", "--top-p", 0.9, "--top-k", 40)
+        serve_checkpoint(hf, "--draft", tmp_path / "kept", "--save", tmp_path / "kept", "--export", tmp_path / "out")
         assert "50 of 290 ids" in (said := capsys.readouterr().out) and "top-p 0.9, top-k 40" in said and f"exported to {tmp_path}/out" in said
-        serve(hf, "--draft", tmp_path / "out", "--save", tmp_path / "again", "--num-speculative-tokens", 2)
-        serve(hf, "--draft", tmp_path / "again", "--no-learn", "--dtype", "bfloat16")
+        serve_checkpoint(hf, "--draft", tmp_path / "out", "--save", tmp_path / "again", "--num-speculative-tokens", 2)
+        serve_checkpoint(hf, "--draft", tmp_path / "again", "--no-learn", "--dtype", "bfloat16")
     finally:
         edit(hf / "target/config.json", eos_token_id=None)
     last, other = (torch.load(tmp_path / x / "draft.pt", weights_only=True)["weights"] for x in ("kept/v000008", "again/v000004"))
@@ -2214,12 +2215,12 @@ def test_driver_serves_saves_resumes_and_exports_a_pruned_head(checkpoint, hf, t
 
 
 def test_driver_serves_a_small_model_and_prompt_lookup(checkpoint, hf, tmp_path, capsys):
-    serve(hf, "--draft", hf / "small", "--save", tmp_path / "kept", "--export", tmp_path / "out", "--compare", "--static", "ngram")
-    serve(hf, "--draft", tmp_path / "kept", "--no-learn", "--compare", "--static", hf / "small")
+    serve_checkpoint(hf, "--draft", hf / "small", "--save", tmp_path / "kept", "--export", tmp_path / "out", "--compare", "--static", "ngram")
+    serve_checkpoint(hf, "--draft", tmp_path / "kept", "--no-learn", "--compare", "--static", hf / "small")
     kept = torch.load(tmp_path / "kept/v000004/draft.pt", weights_only=True)["weights"]
     out, given = checkpoint.read_tensors(tmp_path / "out"), checkpoint.read_tensors(hf / "small")
     assert all(torch.equal(out[n], kept[n]) for n in kept) and not torch.equal(out["model.norm.weight"], given["model.norm.weight"])
-    serve(hf, "--draft", "ngram", "--log", tmp_path / "log")
+    serve_checkpoint(hf, "--draft", "ngram", "--log", tmp_path / "log")
     lines = [json.loads(x) for x in (tmp_path / "log").read_text().splitlines() if '"online"' in x]
     assert all(x["accepted"] <= x["drafted"] <= 4 * x["rounds"] for x in lines) and any(x["plain_rounds"] for x in lines)
     assert "prompt lookup" in capsys.readouterr().out
