@@ -262,7 +262,7 @@ def arguments(argv):
     group.add_argument("--top-k", type=int, default=0, help="0 is off")
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("learning")
-    group.add_argument("--estimator", choices=ESTIMATORS, default="log")
+    group.add_argument("--estimator", choices=ESTIMATORS, default="log", help="a rung of the ladder that python rl.py shows, from the biased textbook to Aurora's KL; each learns from either side")
     group.add_argument("--target-side", type=float, default=1.0, metavar="SHARE", help="of the loss that comes from the target's own tokens, 0 to 1")
     group.add_argument("--lr", type=float, default=0.05, help="of Muon; a trained draft uses as much of it as the signal in its gradients allows")
     group.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of the optimizer after each request (default: 3 for a scratch draft, 1 for a trained one)")

@@ -358,7 +358,7 @@ def draft_loss(target, draft, ids, starts, K, objective):
     draft_logits, target_logits, tokens = chains(target, draft, ids, starts, K)
     if objective == "kl":
         return rl.forward_kl_loss(draft_logits, target_logits, TEMPERATURE) / K
-    return rl.target_side_loss(draft_logits, target_logits, tokens, TEMPERATURE, log=objective == "log")
+    return rl.target_side_loss(draft_logits, target_logits, tokens, TEMPERATURE, objective)
 
 
 @torch.no_grad()

@@ -12,22 +12,24 @@ it served, the target itself), divide by the probability with which they were dr
     L = E_{x ~ behaviour}[ sum_j S_j ],     S_j = prod_{i<=j} a_i,     a_i = min(p_i, q_i)(x_i) / behaviour_i(x_i).
 
 behaviour is a constant, so differentiating S is exact: grad S_j = S_j sum_{i<=j} 1[q_i < p_i] grad log q_i(x_i).
-The indicator 1[q < p] is what the textbook leaves out.  Everything below is this one formula with less variance:
+The indicator 1[q < p] is what the textbook leaves out.  With alpha_j = sum_v min(p_j, q_j), the overlap, the ladder is
 
-    reinforce    S as it stands (the coins are integrated out), less a baseline that is free:
-                 E_{x ~ behaviour}[(q / behaviour) grad log q] = 0, so b * q / behaviour may be subtracted,
-                 as long as b depends on the tokens before x_i alone.
-    expected     the last factor of each S_j in closed form: sum_j S_{<j} * alpha_j, where alpha_j = sum_v min(p_j, q_j)
-                 is the overlap: every token of the vocabulary is an action, the sampled ones carry the future only.
-    log          sum_j S_{<j} log alpha_j with S held fixed.  NOT an unbiased estimate of grad L: another utility with
-                 the same optimum, q = p, whose gradient is 1/alpha larger where draft and target hardly overlap and
-                 grad alpha vanishes.  It is what learns fastest from a bad start.
+    reinforce_textbook   sum_j S_j sum_{i<=j} grad log q_i(x_i)    biased, the counter-example; S where a textbook has bits
+    reinforce            sum_j grad S_j                            grad L
+    expected             sum_j grad (S_{<j} alpha_j)               grad L, the last factor of each S_j in closed form
+    log                  sum_j S_{<j} grad log alpha_j             NOT grad L: a utility with the same optimum, q = p
+    kl                   - sum_j grad KL(p_j || q_j)               likewise; what Aurora's public code trains
+
+`python rl.py` measures it.  A baseline is free for tokens that the draft drew: E_{x ~ behaviour}[(q / behaviour) grad log q]
+= 0, so b * q / behaviour may be subtracted, outside the indicator, as long as b depends on the tokens before x_i alone.
+log is the default: its gradient is 1/alpha larger where grad alpha vanishes, and it learned fastest in our trials.
 
 All of it is conditional on where rounds start; that the draft also moves the starts is ignored.
 
 Letters: R rounds, K drafted tokens a round, V vocabulary, T tokens of a sequence.
 """
 
+import itertools
 import math
 import time
 from collections import deque
@@ -39,7 +41,13 @@ import torch
 from model import UserError
 from verify import Sampling
 
-ESTIMATORS = ("reinforce", "expected", "log")
+ESTIMATORS = {  # each for what the one before it lacks
+    "reinforce_textbook": "the probability of acceptance times grad log q: biased, since that reward depends on q too",
+    "reinforce": "differentiates the reward as well: unbiased, but one sampled token speaks for all that might have been",
+    "expected": "all that might have been, by its probability: less noise, but hardly a gradient where there is hardly overlap",
+    "log": "the log of the overlap: no estimate of this gradient, another goal with the same best draft, and strong from afar",
+    "kl": "forward KL, distillation: likewise, with every place alike, reached or not; further from what acceptance asks for",
+}
 FULL_SIGNAL = 1 / 6  # cosine from which on the learner takes whole steps
 
 
@@ -80,45 +88,62 @@ def _exclusive_cumprod(a):
     return torch.cat([torch.ones_like(a[:, :1]), a[:, :-1]], dim=1).cumprod(1)
 
 
-def policy_gradient_loss(draft_logits, target_logits, draft_tokens, temperature=1.0, estimator="log",
-                         behaviour_logprobs=None):
-    """Loss whose negated gradient estimates the gradient of the expected accepted tokens per round, or of `log`'s utility.
+def policy_gradient_loss(draft_logits, target_logits, tokens, temperature=1.0, estimator="log", behaviour_logprobs=None):
+    """Loss whose negated gradient is the estimator's: an estimate of grad L, or of the gradient of another utility.
 
-    draft_logits (R, K, V) with gradient; target_logits (R, K, V), rows 0..K-1 of the rounds; draft_tokens (R, K)
-    int64 drawn from the draft, -1 pads; behaviour_logprobs (R, K): their log-probabilities when they were drawn,
-    None if the draft has not changed since (on-policy).  temperature: float, the one that served.
-    Returns a scalar, the mean over rounds.  `reinforce` and `expected` are unbiased from R = 1 on, at temperature > 0.
+    draft_logits (R, K, V) with gradient; target_logits (R, K, V), rows 0..K-1 of the rounds; tokens (R, K) int64, -1
+    pads; behaviour_logprobs (R, K): their log-probabilities when they were drawn, None if they come from the draft as it
+    is now (on-policy), "target" if from the target.  temperature: float, the one that served.
+    Returns a scalar, the mean over rounds.  At temperature > 0 `reinforce` and `expected` are unbiased from R = 1 on,
+    whoever drew the tokens; the textbook's gradient comes with the same importance ratio, so its bias is the same
+    too; `log` weighs by it, and `kl` takes the tokens as they come.
     At temperature 0 the draft proposed its argmax, which is no draw: q is learned at temperature 1 along the path that
     was proposed, each token with behaviour 1, exact as far as that path is the target's own.
     Raises ValueError for an unknown estimator."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}: expected one of {', '.join(ESTIMATORS)}")
+    if estimator == "kl":
+        return forward_kl_loss(draft_logits, target_logits, temperature, tokens >= 0)
     behaviour = "draft" if behaviour_logprobs is None else behaviour_logprobs
-    a, alpha, ratio, below = _chain(draft_logits, target_logits, draft_tokens, temperature, behaviour)
+    a, alpha, ratio, below = _chain(draft_logits, target_logits, tokens, temperature, behaviour)
     before = _exclusive_cumprod(a)  # S_{<i}
-    if estimator == "log":
-        return _log_utility(before, alpha)
-    # The baseline guesses what x_i is worth from what stands before it: if the overlap stayed as it is here, the
-    # chain would go on for alpha + alpha^2 + ... tokens; `expected` counts from the token after x_i.
-    K = a.shape[1]
-    ahead = torch.stack([sum((alpha[:, i] ** n for n in range(1, K - i)), torch.zeros_like(alpha[:, i])) for i in range(K)], 1)
-    if estimator == "reinforce":
-        utility, worth = a.cumprod(1), 1 + ahead
+    if estimator == "reinforce_textbook":
+        score = ratio / ratio.detach().clamp(min=1e-30)  # 1, with the gradient of log q wherever q is
+        utility = (a.detach() * score).cumprod(1)
+    elif estimator == "reinforce":
+        utility = a.cumprod(1)
+    elif estimator == "expected":
+        utility = before * alpha
     else:
-        utility, worth = before * alpha, ahead
-    baseline = (before * below * worth).detach() * ratio * (temperature > 0)  # free for drawn tokens only
-    return -(utility - baseline).sum(1).mean()
+        utility = before.detach() * torch.where(alpha > 0, alpha.clamp(min=1e-9), 1.0).log()
+    if estimator in ("reinforce", "expected") and behaviour != "target" and temperature > 0:
+        # The baseline guesses what x_i is worth from what stands before it: if the overlap stayed as it is here, the
+        # chain would go on for alpha + alpha^2 + ... tokens; `expected` counts from the token after x_i.  The target's
+        # tokens get none: q / p has no bound, and where p is cut the mean is not 0.
+        K = a.shape[1]
+        ahead = [sum((alpha[:, i] ** n for n in range(1, K - i)), torch.zeros_like(alpha[:, i])) for i in range(K)]
+        worth = torch.stack(ahead, 1) + (estimator == "reinforce")
+        utility = utility - (before * below * worth).detach() * ratio
+    return -utility.sum(1).mean()
 
 
-def target_side_loss(draft_logits, target_logits, target_tokens, temperature=1.0, log=False):
-    """The same objective from the target's own tokens: x ~ p, so behaviour = p and a = min(1, q/p).
+def target_side_loss(draft_logits, target_logits, target_tokens, temperature=1.0, estimator="expected"):
+    """The same rungs from the target's own tokens: x ~ p, so behaviour = p and a = min(1, q/p).
 
     Shapes as above, target_tokens (R, K) drawn from the target, -1 pads.  p does not depend on the draft, so the
-    estimate is unbiased, never stale, and needs no baseline: every token that the target ever emitted is an
-    example, drafted or not.  log=True takes the `log` utility instead."""
-    a, alpha, _, _ = _chain(draft_logits, target_logits, target_tokens, temperature, "target")
-    before = _exclusive_cumprod(a)
-    return _log_utility(before, alpha) if log else -(before * alpha).sum(1).mean()
+    estimate is never stale and needs no baseline: every token that the target ever emitted is an example, drafted or not."""
+    return policy_gradient_loss(draft_logits, target_logits, target_tokens, temperature, estimator, "target")
+
+
+def forward_kl_loss(draft_logits, target_logits, temperature=1.0, real=None):
+    """sum_k KL(p_k || q_k), mean over rounds: plain distillation, the usual way to train a draft offline.
+
+    real (R, K) bool, False at pads; None: no pads.  Ids that the draft cannot say at all (logit -inf) are left out,
+    since nothing can be learned there and the KL is infinite."""
+    log_q, target_p = _log_distributions(draft_logits, target_logits, temperature)
+    shared = (target_p > 0) & (log_q > float("-inf"))
+    kl = torch.where(shared, target_p * (target_p.log() - log_q), 0.0).sum(-1)  # (R, K)
+    return (kl if real is None else kl * real).sum(1).mean()
 
 
 @torch.no_grad()
@@ -130,18 +155,6 @@ def acceptance(draft_logits, target_logits, tokens, temperature=1.0, behaviour_l
     real = tokens >= 0
     before = (_exclusive_cumprod(a) * real)[:, real.any(0)]
     return (before * alpha[:, real.any(0)]).sum(0) / before.sum(0).clamp(min=1e-9)
-
-
-def _log_utility(before, alpha):
-    return -(before.detach() * torch.where(alpha > 0, alpha.clamp(min=1e-9), 1.0).log()).sum(1).mean()
-
-
-def forward_kl_loss(draft_logits, target_logits, temperature=1.0):
-    """sum_k KL(p_k || q_k), mean over rounds: plain distillation, the usual way to train a draft offline."""
-    log_q, target_p = _log_distributions(draft_logits, target_logits, temperature)
-    cross = torch.where(target_p > 0, target_p * log_q, 0.0).sum(-1)
-    entropy = torch.special.entr(target_p).sum(-1)
-    return -(cross + entropy).sum(1).mean()
 
 
 @dataclass
@@ -312,7 +325,7 @@ class Learner:
         if draft_side < 1:
             places = None if self.target_side > 0 else trace.starts[~drafted] + 2 - trace.prompt_length
             answer = replay_answer(self.draft, trace, self.chain, places)
-            loss = target_side_loss(*answer, T, log=self.estimator == "log")
+            loss = target_side_loss(*answer, T, self.estimator)
             parts.append((1 - draft_side, loss, acceptance(*answer, T)))
         return sum(share * loss for share, loss, _ in parts), max(parts, key=lambda part: part[0])[2]
 
@@ -377,3 +390,49 @@ class Learner:
                 optimizer.load_state_dict(saved)
             self.updates = self.published = state["updates"]
             self.version, self.signal, self.measured = state["version"], state["signal"], state["measured"]
+
+
+# ---- python rl.py: the ladder on languages small enough to enumerate ----------------------------------------
+
+
+def measured(estimator, seed, far=False, behaviour=None, V=4, K=3):
+    """One rung on one random language, exactly: each of the V^K chains with its probability, under draft or "target".
+
+    -> (3,) float64: of the estimator's mean, the cosine to grad L and its length in lengths of grad L; and the variance of
+    a round over the square of that mean: how many rounds to average until the noise is as short as what it hides."""
+    generator = torch.Generator().manual_seed(seed)
+    draft, other = torch.randn(2, (V**K - 1) // (V - 1), V, generator=generator, dtype=torch.float64)  # a row a prefix
+    draft, target = (2 * draft, 2 * other) if far else (draft, draft + 0.6 * other)
+    chains = torch.cartesian_prod(*[torch.arange(V)] * K).view(-1, K)  # (V^K, K)
+    prefix = torch.stack([(V**k - 1) // (V - 1) + chains[:, :k] @ V ** torch.arange(k) for k in range(K)], 1)  # (V^K, K)
+    draft_logits, target_logits = draft[prefix].requires_grad_(), target[prefix]  # (V^K, K, V)
+    draft_q, target_p = (z.softmax(-1).gather(-1, chains[..., None])[..., 0] for z in (draft_logits, target_logits))
+    accepted = torch.minimum(draft_q, target_p).cumprod(1) / V ** torch.arange(K - 1, -1, -1)  # j tokens begin V^(K-j) chains
+    loss = policy_gradient_loss(draft_logits, target_logits, chains, 1.0, estimator, behaviour)
+    exact, each = (torch.autograd.grad(x, draft_logits, retain_graph=True)[0] for x in (accepted.sum(), -len(chains) * loss))
+    chance = (target_p if behaviour == "target" else draft_q).detach().prod(1)[:, None, None]
+    exact, mean = (torch.zeros_like(draft).index_add(0, prefix.flatten(), g.flatten(0, 1)) for g in (exact, chance * each))
+    square, length = (chance * each**2).sum(), mean.norm()
+    return torch.stack([(mean * exact).sum() / (length * exact.norm()), length / exact.norm(), square / length**2 - 1])
+
+
+def main(languages=20):
+    print(f"""What the estimators make of the exact gradient of the expected accepted tokens, on {languages} random languages of 4 tokens,
+chains of 3: median, and half the distance between the quartiles.  near: the target's logits are the draft's and 0.6 noise;
+far: independent and sharp.  cosine, length: of the mean, 1 and 1 if unbiased.  noise: variance of a round over the square
+of that mean, for tokens that the draft drew; noise*: that the target drew.
+""")
+    columns = "near cosine", "length", "noise", "noise*", "far cosine", "length", "noise", "noise*"
+    print(f"{'':18s}", *(f"{name:>12s}" for name in columns), sep="")
+    for estimator in ESTIMATORS:
+        cells = []
+        for far, behaviour in itertools.product((False, True), (None, "target")):
+            values = torch.stack([measured(estimator, seed, far, behaviour) for seed in range(languages)], 1)
+            cells += values[2:] if behaviour else values  # the mean is the same on both sides; kl's, which has no S, nearly
+        low, middle, high = torch.stack(cells).quantile(torch.tensor([0.25, 0.5, 0.75]).double(), dim=1).tolist()
+        print(f"{estimator:18s}", *(f"{f'{m:.2f}±{(h - l) / 2:.2f}':>12s}" for l, m, h in zip(low, middle, high)), sep="")
+    print("", *(f"{estimator:20s}{what}" for estimator, what in ESTIMATORS.items()), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -538,52 +538,98 @@ def enumerated(estimate, drawn_from, theta, target, K=3, V=4):
 
 
 def textbook(q, p, tokens, _):
-    """reward = accepted tokens from here on, times grad log q.  The counter-example."""
-    log_q = q.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-    log_p = p.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-    survival = (log_p - log_q).exp().clamp(max=1).cumprod(1).detach()
-    future = survival.flip(1).cumsum(1).flip(1)
-    return -(log_q * future).sum(1).mean()
+    """reward = accepted tokens from here on, times grad log q, for every outcome of the coins.  The counter-example."""
+    log_q, log_p = (z.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1) for z in (q, p))
+    loss, reach = 0.0, 1.0
+    for n, accept in enumerate([*(log_p - log_q).exp().clamp(max=1)[0].tolist(), 0.0]):  # n tokens kept, the next one not
+        reward = (n - torch.arange(log_q.shape[1])).clamp(min=0)
+        loss, reach = loss - reach * (1 - accept) * (reward * log_q).sum(), reach * accept
+    return loss
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_gradients_are_unbiased_by_enumeration(seed):
     """V = 4, K = 3, every chain weighed by its probability, loss taken at R = 1: equal to autograd of the
-    enumerated objective to 1e-9, on-policy, off-policy and from the target's tokens; textbook REINFORCE is not."""
+    enumerated objective to 1e-9, on-policy, off-policy and from the target's tokens; textbook REINFORCE is not, and its
+    bias is the same whoever drew the tokens."""
     theta = {x: z.requires_grad_() for x, z in toy_tables(10 + seed).items() if len(x) < 3}
     target = {x: theta[x].detach() + 0.6 * z for x, z in toy_tables(30 + seed).items() if len(x) < 3}  # a good draft's
     old = toy_tables(40 + seed, scale=0.5)
-    pg = rl.policy_gradient_loss
-    for name in ("reinforce", "expected"):
-        for drawn, behaviour in ((theta, lambda b: None), (theta, lambda b: b), (old, lambda b: b)):
-            estimate = lambda q, p, x, b: pg(q, p, x, 1.0, name, behaviour(b))
-            got, exact = enumerated(estimate, drawn, theta, target)
-            torch.testing.assert_close(got, exact, atol=1e-9, rtol=0, msg=f"{name} is biased")
-    got, exact = enumerated(lambda q, p, x, b: rl.target_side_loss(q, p, x), target, theta, target)
-    torch.testing.assert_close(got, exact, atol=1e-9, rtol=0)
-    got, exact = enumerated(textbook, theta, theta, target)
-    cosine = torch.nn.functional.cosine_similarity(got, exact, dim=0)
-    assert cosine < 0.8 and (got - exact).abs().max() > 1e-2, f"the textbook should be biased, cosine {cosine:.3f}"
+    biased, exact = enumerated(textbook, theta, theta, target)
+    cosine = torch.nn.functional.cosine_similarity(biased, exact, dim=0)
+    assert cosine < 0.8 and (biased - exact).abs().max() > 1e-2, f"the textbook should be biased, cosine {cosine:.3f}"
+    sides = (theta, lambda b: None), (theta, lambda b: b), (old, lambda b: b), (target, lambda b: "target")
+    for name, right in (("reinforce_textbook", biased), ("reinforce", exact), ("expected", exact)):
+        for drawn, behaviour in sides:
+            got, _ = enumerated(lambda q, p, x, b: rl.policy_gradient_loss(q, p, x, 1.0, name, behaviour(b)), drawn, theta, target)
+            torch.testing.assert_close(got, right, atol=1e-9, rtol=0, msg=f"{name} is not what it should be")
+        got, _ = enumerated(lambda q, p, x, b: rl.target_side_loss(q, p, x, 1.0, name), target, theta, target)
+        torch.testing.assert_close(got, right, atol=1e-9, rtol=0)
 
 
-def test_each_step_of_the_ladder_cuts_variance(monkeypatch):
-    """Second moment of the gradient over all chains (the mean is the same): the baseline cuts that of `reinforce`,
-    the closed form cuts it again."""
-    theta = {x: z.requires_grad_() for x, z in toy_tables(10).items() if len(x) < 3}
-    target = {x: theta[x].detach() + 0.6 * z for x, z in toy_tables(30).items() if len(x) < 3}
-
-    def second_moment(name):
-        total = 0.0
-        for x in itertools.product(range(4), repeat=3):
-            q, p = (torch.stack([t[x[:k]] for k in range(3)])[None] for t in (theta, target))
-            gs = torch.autograd.grad(rl.policy_gradient_loss(q, p, torch.tensor([x]), 1.0, name), list(theta.values()), allow_unused=True)
-            weight = torch.stack([q[0, k].softmax(-1)[x[k]] for k in range(3)]).prod().item()
-            total += weight * sum((g**2).sum().item() for g in gs if g is not None)
-        return total
-
-    reinforce, expected, chain = second_moment("reinforce"), second_moment("expected"), rl._chain
+def test_the_baseline_cuts_variance(monkeypatch):
+    """On near languages, with the tokens that the draft drew: without it, each unbiased rung is noisier on every one."""
+    noise = lambda: torch.tensor([[rl.measured(name, seed)[2] for seed in range(5)] for name in ("reinforce", "expected")])
+    with_baseline, chain = noise(), rl._chain
     monkeypatch.setattr(rl, "_chain", lambda *a: (*chain(*a)[:3], torch.zeros(1, 3)))  # `below` = 0: no baseline
-    assert expected < reinforce < second_moment("reinforce")
+    assert (with_baseline < noise()).all()
+
+
+@pytest.mark.parametrize("behaviour", [None, "target"])
+@pytest.mark.parametrize("far", [False, True])
+def test_the_ladder_on_enumerable_languages(far, behaviour):
+    """All sums are exact.  Theorems: the unbiased rungs have cosine and length 1, the textbook has not, and the mean of the
+    textbook and of `log` does not depend on who drew the tokens.  An observation that holds on each of these languages:
+    the closed form cuts the noise of `reinforce`."""
+    for seed in range(5):
+        cosine, length, noise = (dict(zip(rl.ESTIMATORS, column)) for column in
+                                 zip(*(rl.measured(name, seed, far, behaviour).tolist() for name in rl.ESTIMATORS)))
+        for name in ("reinforce", "expected"):
+            assert abs(cosine[name] - 1) < 1e-9 and abs(length[name] - 1) < 1e-9
+        assert cosine["reinforce_textbook"] < 0.999 and noise["expected"] < noise["reinforce"]
+        assert all(abs(length[name] - 1) > 1e-3 for name in ("log", "kl"))  # other utilities
+        for name in ("reinforce_textbook", "log"):
+            mean = torch.tensor([cosine[name], length[name]], dtype=torch.float64)
+            torch.testing.assert_close(mean, rl.measured(name, seed, far)[:2], atol=1e-9, rtol=0)
+
+
+def test_noise_is_the_variance_over_the_squared_mean(V=5):
+    """Chains of one token: the closed forms leave nothing to chance, and `reinforce` on the target's tokens is worked out by
+    hand: grad min(1, q/p)(x) = 1[q < p] (q/p) (e_x - q)."""
+    for name in ("expected", "log", "kl"):
+        assert abs(rl.measured(name, 3, behaviour="target", V=V, K=1)[2]) < 1e-12
+    draft, other = torch.randn(2, V, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    q, p = draft.softmax(-1), (draft + 0.6 * other).softmax(-1)
+    each = torch.where(q < p, q / p, 0.0)[:, None] * (torch.eye(V) - q)
+    mean = p @ each
+    noise = p @ ((each - mean) ** 2).sum(-1) / (mean**2).sum()
+    torch.testing.assert_close(rl.measured("reinforce", 3, behaviour="target", V=V, K=1)[2], noise)
+
+
+def test_kl_is_forward_kl_whoever_drew_the_tokens():
+    """sum_v p log(p / q) at every place that is no pad, neither weighed nor reversed; ids that the draft cannot say are left out."""
+    g = torch.Generator().manual_seed(4)
+    draft, target = (torch.randn(6, 3, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    tokens = torch.randint(5, (6, 3), generator=g)
+    p, q = (target / 0.7).softmax(-1), (draft / 0.7).softmax(-1)
+    divergence = (p * (p / q).log()).sum(-1)
+    torch.testing.assert_close(rl.forward_kl_loss(draft, target, 0.7), divergence.sum(1).mean())
+    for pads in (0, 4):
+        tokens[:pads, 2] = -1
+        for behaviour in (None, "target", torch.full((6, 3), -2.0)):
+            loss = rl.policy_gradient_loss(draft, target, tokens, 0.7, "kl", behaviour)
+            torch.testing.assert_close(loss, (divergence * (tokens >= 0)).sum(1).mean())
+    draft[..., 4] = float("-inf")
+    q = (draft / 0.7).softmax(-1)
+    torch.testing.assert_close(rl.forward_kl_loss(draft, target, 0.7), (p * (p / q).log())[..., :4].sum((1, 2)).mean())
+
+
+def test_the_ladder_prints_a_row_and_a_sentence_a_rung():
+    printed = subprocess.run([sys.executable, str(HERE / "rl.py")], capture_output=True, text=True, check=True, timeout=120).stdout
+    rows = [line.split() for line in printed.splitlines() if "±" in line]
+    assert [row[0] for row in rows] == list(rl.ESTIMATORS) and all(len(row) == 9 for row in rows)
+    assert [row[1:3] == ["1.00±0.00"] * 2 for row in rows] == [False, True, True, False, False]
+    assert all(sentence in printed for sentence in rl.ESTIMATORS.values())
 
 
 @pytest.mark.parametrize("estimator", rl.ESTIMATORS)
@@ -607,11 +653,11 @@ def test_suppressed_ids_give_finite_gradients():
     for temperature in (0.0, 0.8):
         p, tokens = torch.randn(4, 3, 6), torch.randint(5, (4, 3))
         p[..., 5] = float("-inf")
+        tokens[0] = p[0].argmax(-1)  # greedy, one round at least is on the target's path
         raw = torch.randn(4, 3, 6, requires_grad=True)
         q = raw.index_fill(-1, torch.tensor([5]), float("-inf"))
         losses = [rl.policy_gradient_loss(q, p, tokens, temperature, e) for e in rl.ESTIMATORS]
-        losses += [rl.target_side_loss(q, p, p.argmax(-1), temperature, log) for log in (False, True)]
-        losses += [rl.forward_kl_loss(q, p, temperature)]
+        losses += [rl.target_side_loss(q, p, p.argmax(-1), temperature, e) for e in rl.ESTIMATORS]
         for loss in losses:
             grad = torch.autograd.grad(loss, raw, retain_graph=True)[0]
             assert loss.isfinite() and grad.isfinite().all() and grad.abs().max() > 0
@@ -645,12 +691,12 @@ def test_the_learner_learns_from_the_right_rows(estimator, K=3):
     places = [n for n in range(trace.prompt_length, len(ids) - K + 1)]
     q, p = (torch.stack(side) for side in zip(*(rows(ids[:n], ids[n : n + K]) for n in places)))
     drafted, target_rows, tokens = rl.replay_answer(draft, trace, K)
-    whole_loss = rl.target_side_loss(drafted, target_rows, tokens, 1.0, log=estimator == "log")
+    whole_loss = rl.target_side_loss(drafted, target_rows, tokens, 1.0, estimator)
     torch.testing.assert_close(rl.Learner(draft, estimator, 1e-3, 1.0, chain=K).loss(trace)[0], whole_loss)
     whole = (tokens >= 0).all(-1)
     assert whole.sum() == len(places) and tokens[whole].tolist() == [ids[n : n + K] for n in places]
-    expected = rl.target_side_loss(q, p, tokens[whole], 1.0, log=estimator == "log")
-    got = rl.target_side_loss(drafted[whole], target_rows[whole], tokens[whole], 1.0, log=estimator == "log")
+    expected = rl.target_side_loss(q, p, tokens[whole], 1.0, estimator)
+    got = rl.target_side_loss(drafted[whole], target_rows[whole], tokens[whole], 1.0, estimator)
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
 
 
@@ -667,7 +713,7 @@ def test_plain_rounds_teach_by_what_followed_them():
     for r, start in enumerate(trace.starts.tolist()):
         if trace.draft_tokens[r, 0] < 0:
             at = start + 2 - trace.prompt_length
-            total += rl.target_side_loss(logits[at, None], rows[at, None], tokens[at, None], log=True)
+            total += rl.target_side_loss(logits[at, None], rows[at, None], tokens[at, None], estimator="log")
         else:
             own = slice(r, r + 1)
             total += rl.policy_gradient_loss(rl.replay_rounds(draft, trace)[own], trace.target_logits[own, :-1], trace.draft_tokens[own],
@@ -690,7 +736,7 @@ def test_what_the_target_said_is_never_rounded_to_bfloat16():
     torch.testing.assert_close(rows[finite], trace.target_logits[finite], atol=1e-6, rtol=1e-6)
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     said = logits.detach().argmin(-1)
-    loss = rl.target_side_loss(logits, logits.detach(), said, temperature=0, log=True)
+    loss = rl.target_side_loss(logits, logits.detach(), said, temperature=0, estimator="log")
     assert loss.isfinite() and torch.autograd.grad(loss, logits)[0].isfinite().all()
 
 
@@ -853,7 +899,7 @@ def test_what_is_published_is_what_serves(files, monkeypatch):
     assert torch.equal(served[2], learned[1]) and torch.equal(served[3], learned[1]) and torch.equal(served[4], learned[3])
 
 
-@pytest.mark.parametrize("extra", [["--dtype", "bfloat16"], ["--temperature", "0"], ["--num-speculative-tokens", "1"], ["--num-speculative-tokens", "auto"], ["--estimator", "reinforce", "--target-side", "0"]])
+@pytest.mark.parametrize("extra", [["--dtype", "bfloat16"], ["--temperature", "0"], ["--num-speculative-tokens", "1"], ["--num-speculative-tokens", "auto"], ["--estimator", "reinforce", "--target-side", "0"], ["--estimator", "reinforce_textbook"], ["--estimator", "kl", "--target-side", "0.5"]])
 def test_other_settings_run(files, capsys, extra):
     run(files, *extra)
     assert "online" in capsys.readouterr().out
@@ -1928,7 +1974,7 @@ def test_a_pruned_draft_learns_against_all_of_the_target(estimator, temperature,
             place = torch.arange(len(answer))[:, None] + torch.arange(K)
             tokens = answer[place.clamp(max=len(answer) - 1)].masked_fill(place >= len(answer), -1)
             rows = trace.answer_logits()[place.clamp(max=len(answer) - 1)]
-            expected = rl.target_side_loss(wide(rl.replay_answer(draft, trace, K)[0]), rows, tokens, temperature, estimator == "log")
+            expected = rl.target_side_loss(wide(rl.replay_answer(draft, trace, K)[0]), rows, tokens, temperature, estimator)
         torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-9)
         ours, theirs = (torch.autograd.grad(x, draft.fc.weight, retain_graph=True)[0] for x in (loss, expected))
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
