@@ -32,14 +32,15 @@ from tqdm import tqdm
 
 from draft import Draft, DraftLength, FixedLength, NGram, load_draft
 from model import Bytes, UserError, load_target, save
-from pretrain import CLASSES, traffic
-from rl import ESTIMATORS, Learner
+from pretrain import CLASSES, texts_of
+from rl import ESTIMATORS, Learner, expected_length
 from serve import LONGEST, Generation, Request, generate, rounds, seconds_per_round
 from verify import NoDistribution, kernel
 
 HERE = Path(__file__).parent
 ARMS = ("plain", "static", "online")
 PROMPT_LENGTH = 128  # characters, of the built-in traffic
+EXAMINED = 5  # drafted tokens a round, where drafts are compared on held-out answers
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -92,11 +93,27 @@ def plan(requests, compare):
 # ---- what happened, for people and for programs ------------------------------------------------------
 
 
-class Journal:
-    """A record per (request, arm): the bar and the log while it runs, the tables and the report at the end."""
+def examination(target, requests):
+    """-> a function that examines a draft: {class: tokens a round to expect of it}, on answers that the target gives now
+    to `requests`, which nobody learns from.  The answers stay the same, so all that moves is the draft."""
+    generation = Generation(target, None, requests, 0)
+    for _ in tqdm(rounds(generation, FixedLength(0)), desc="held-out answers", total=requests[0].max_new_tokens, leave=False, disable=None, delay=1):
+        pass
+    answers = {}
+    for b, request in enumerate(requests):
+        answers.setdefault(request.kind, []).append(generation.trace(b))
+    return lambda draft: {kind: expected_length(draft, traces, EXAMINED) for kind, traces in answers.items()}
 
-    def __init__(self, args, total):
-        self.records = []
+
+class Journal:
+    """A record per (request, arm): the bar and the log while it runs, the tables and the report at the end.
+
+    examine: says how well the draft that serves would do on held-out answers, asked after every update; or None.
+    static: the same of the draft that never learns."""
+
+    def __init__(self, args, total, examine=None, static=None):
+        self.records, self.examine, self.static = [], examine, static
+        self.begun = self.examined = examine and examine()
         self.log = open(args.log, "w") if args.log else None
         self.bar = tqdm(total=total, unit="request", disable=None if total > 1 else True)
 
@@ -111,6 +128,8 @@ class Journal:
                 "mean_acceptance_length": 1 + int(kept.sum()) / max(1, len(kept)),
                 "serve_seconds": seconds, "learn_seconds": learn_seconds,
                 "expected_length": expected_length, "update_loss": loss}
+        if self.examine and arm == "online":
+            self.examined = line["held_out"] = self.examine() if learn_seconds else self.examined
         self.records.append(line)
         if self.log:
             print(json.dumps(line), file=self.log, flush=True)
@@ -128,6 +147,10 @@ class Journal:
     def report(self):
         kinds = dict.fromkeys(r["class"] for r in self.records)
         return {kind: {arm: summary(self.of(kind, arm)) for arm in ARMS if self.of(kind, arm)} for kind in kinds}
+
+    def examinations(self):
+        return {"held_out": {kind: {"begun": self.begun[kind], "ended": self.examined[kind], "static": (self.static or {}).get(kind)}
+                             for kind in self.examined}} if self.examined else {}
 
     def print(self):
         if not self.records:
@@ -149,8 +172,18 @@ class Journal:
         curves = {(kind, arm): [r["mean_acceptance_length"] for r in self.of(kind, arm)]
                   for kind in self.report() for arm in ("static", "online") if self.of(kind, arm)}
         print_curves("acceptance length over the requests", curves)
-        print_curves("expected, had every place of the answer started a chain of one length; before learning from it",
-                     {(kind, "expected"): [r["expected_length"] for r in self.of(kind, "online") if r["expected_length"]] for kind in self.report()})
+        if self.examined:
+            print_curves(f"tokens a round to expect on held-out answers, K = {EXAMINED}, over all requests",
+                         {(kind, "held out"): self.held_out(kind) for kind in self.examined}, ends=1)
+        else:
+            print_curves("tokens a round to expect on each answer, before learning from it",
+                         {(kind, "expected"): [r["expected_length"] for r in self.of(kind, "online") if r["expected_length"]] for kind in self.report()})
+        if self.static:
+            print("static draft there:", *(f"{kind} {length:.2f} " for kind, length in self.static.items()))
+
+    def held_out(self, kind):
+        """Of the draft that serves: before the first request, and after each."""
+        return [self.begun[kind]] + [r["held_out"][kind] for r in self.records if r["arm"] == "online"]
 
     def close(self):
         self.bar.close()
@@ -158,15 +191,15 @@ class Journal:
             self.log.close()
 
 
-def print_curves(title, curves):
+def print_curves(title, curves, ends=5):
     """A sparkline for each {(class, name): values, one a request} that has any, all on one scale."""
     curves = {name: values for name, values in curves.items() if values}
     cells = {name: bucketed(values, 48) for name, values in curves.items()}
     top = max((max(c) for c in cells.values()), default=1.0)
     if curves:
-        print(f"\n{title}, from 1 to {top:.2f}, and the mean of the first and of the last five")
+        print(f"\n{title}, from 1 to {top:.2f}, and the first and the last" + (f" {ends}, averaged" if ends > 1 else ""))
     for (kind, name), values in curves.items():
-        print(f"{kind:8s} {name:8s}  {sparkline(cells[kind, name], 1.0, top)}  {mean(values[:5]):.2f} -> {mean(values[-5:]):.2f}")
+        print(f"{kind:8s} {name:8s}  {sparkline(cells[kind, name], 1.0, top)}  {mean(values[:ends]):.2f} -> {mean(values[-ends:]):.2f}")
 
 
 def mean(values):
@@ -208,23 +241,30 @@ def plot(journal, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    kinds = list(journal.report())
-    figure, axes = pyplot.subplots(figsize=(9, 3.6), constrained_layout=True)
-    edge = 0
-    for kind in kinds:
-        for arm, colour in (("static", "tab:gray"), ("online", "tab:orange")):
-            series = [r["mean_acceptance_length"] for r in journal.of(kind, arm)]
-            window = max(1, len(series) // 3)  # a running mean, begun anew in every class
-            smooth = [mean(series[max(0, i - window + 1) : i + 1]) for i in range(len(series))]
-            requests = range(edge + 1, edge + len(series) + 1)
-            axes.plot(requests, series, ".", color=colour, alpha=0.3, markersize=3)
-            if series:
-                axes.plot(requests, smooth, color=colour, label=f"{arm} draft" if edge == 0 else None)
-        axes.axvline(edge + 0.5, color="black", linewidth=0.5)
-        axes.annotate(f" {kind}", (edge + 0.5, 1.0), xycoords=("data", "axes fraction"), va="top")
-        edge += len(journal.of(kind, "online"))
+    figure, axes = pyplot.subplots(figsize=(9, 4), constrained_layout=True)
+    colours, edge = {"static": "tab:gray", "online": "tab:orange"}, 0
+    for kind in journal.report():
+        for arm, colour in colours.items():
+            served = [r["mean_acceptance_length"] for r in journal.of(kind, arm)]
+            requests = range(edge + 1, edge + len(served) + 1)
+            axes.plot(requests, served, ".", color=colour, alpha=0.35, markersize=4)
+            if not journal.examined:  # a running mean instead, begun anew in every class
+                axes.plot(requests, [mean(served[max(0, i - len(served) // 3) : i + 1]) for i in range(len(served))], color=colour, linewidth=2)
+        axes.axvline(edge, color="black", linewidth=0.5)
+        axes.annotate(f" {kind}", (edge, 1.0), xycoords=("data", "axes fraction"), va="top")
+        after = edge + len(journal.of(kind, "online"))
+        for other in journal.examined or ():  # thick while its class is served, thin while others are
+            here = other == kind
+            axes.plot(range(edge, after + 1), journal.held_out(other)[edge : after + 1], color=colours["online"], linewidth=2 if here else 0.6)
+            if here and journal.static:
+                axes.hlines(journal.static[kind], edge, after, color=colours["static"], linewidth=2)
+        edge = after
+    for arm, colour in colours.items():
+        if any(r["arm"] == arm for r in journal.records):
+            axes.plot([], [], color=colour, linewidth=2, label=f"{arm} draft, {'on held-out answers' if journal.examined else 'running mean'}")
+    axes.plot([], [], ".", color="black", alpha=0.35, markersize=4, label="as served, one request")
     axes.set(xlabel="requests served", ylabel="acceptance length, tokens per round")
-    axes.legend(loc="lower right")
+    axes.legend(loc="best", fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -270,6 +310,7 @@ def arguments(argv):
     group.add_argument("--no-learn", action="store_true")
     group = parser.add_argument_group("measuring and keeping")
     group.add_argument("--compare", action="store_true", help="plain, static and online on the same requests, interleaved")
+    group.add_argument("--held-out", type=int, default=2, metavar="N", help="answers a class of the built-in traffic on which the draft is examined after every update, outside all times; 0 is off")
     group.add_argument("--report", metavar="FILE.json")
     group.add_argument("--log", metavar="FILE.jsonl")
     group.add_argument("--plot", metavar="FILE.png", help="acceptance length over requests (needs matplotlib)")
@@ -282,7 +323,7 @@ def arguments(argv):
     args = parser.parse_args(argv)
     steps = 3 if args.draft == "scratch" else 1
     args = argparse.Namespace(**{"steps": steps} | vars(args))
-    for name, low in (("requests", 1), ("max_new_tokens", 1), ("steps", 1), ("publish_every", 1), ("threads", 0), ("top_k", 0), ("draft_vocab", 0)):
+    for name, low in (("requests", 1), ("max_new_tokens", 1), ("steps", 1), ("publish_every", 1), ("held_out", 0), ("threads", 0), ("top_k", 0), ("draft_vocab", 0)):
         if getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
     if args.num_speculative_tokens != "auto" and args.num_speculative_tokens < 1:
@@ -355,17 +396,17 @@ def read_prompts(path):
     return pairs
 
 
-def built_in_prompts(args):
-    """-> [(class, text)]: stretches of held-out files that start at a line, the same for the same seed."""
+def built_in_prompts(args, split="traffic", count=None):
+    """-> [(class, text)]: stretches of files of this split that start at a line, the same for the same seed."""
     pairs = []
     for kind in args.traffic.split(","):
         if kind not in CLASSES:
             raise UserError(f"unknown class of traffic {kind!r}: expected some of {','.join(CLASSES)}")
-        texts = [t for t in traffic(kind) if len(t) > 2 * PROMPT_LENGTH]
+        texts = [t for t in texts_of(kind, split) if len(t) > 2 * PROMPT_LENGTH]
         if not texts:
             raise UserError(f"this machine has no text of class {kind}: choose others with --traffic, or give --prompts")
         chance = random.Random(f"{kind} {args.seed}")
-        for text in chance.choices(texts, weights=[len(t) for t in texts], k=args.requests):
+        for text in chance.choices(texts, weights=[len(t) for t in texts], k=count or args.requests):
             start = text.find("\n", chance.randrange(len(text) - 2 * PROMPT_LENGTH)) + 1
             pairs.append((kind, text[start : start + PROMPT_LENGTH] or text[:PROMPT_LENGTH]))
     return pairs
@@ -533,7 +574,10 @@ def main(argv=None):
     frozen = getattr(draft, "embed_tokens", None)
     served = copy.deepcopy(draft, {id(frozen): frozen})  # the embedding is the target's own
     facts(target, draft, K["online"], args, requests)
-    journal, trouble = Journal(args, len(requests)), None
+    exam = None
+    if args.held_out and not pairs and all(hasattr(d, "replay") for d in (served, static) if d):
+        exam = examination(target, make_requests(built_in_prompts(args, "eval", args.held_out), args, tokenizer, context))
+    journal, trouble = Journal(args, len(requests), exam and (lambda: exam(served)), exam and static and exam(static)), None
     try:
         aurora(target, served, learner, static, requests, K, args, journal)
     except KeyboardInterrupt:
@@ -552,7 +596,7 @@ def main(argv=None):
         print(checkpoint.export_draft(served, args.export, args.draft, min(5, K["online"].longest)))
     if args.report:
         config = vars(args) | {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
-        Path(args.report).write_text(json.dumps({"config": config, "classes": journal.report()}, indent=1) + "\n")
+        Path(args.report).write_text(json.dumps({"config": config, "classes": journal.report()} | journal.examinations(), indent=1) + "\n")
     if args.plot:
         plot(journal, args.plot)
     if trouble:

@@ -117,9 +117,9 @@ def documents(splits, classes=CLASSES):
             yield "cpp", name, path.read_text(errors="ignore")
 
 
-def traffic(kind):
-    """The texts that aurora.py cuts its prompts from: files that no training and no evaluation has read."""
-    return [text for _, _, text in documents(("traffic",), (kind,))]
+def texts_of(kind, split):
+    """What aurora.py cuts its prompts from: "traffic" are files that no training and no evaluation has read."""
+    return [text for _, _, text in documents((split,), (kind,))]
 
 
 def without_repeats(text, seen, window=3):

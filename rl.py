@@ -272,6 +272,17 @@ def replay_answer(draft, trace, K, places=None):
     return draft_rows(logits, rows[place], trace), rows[place], own[place].masked_fill(beyond, -1)
 
 
+@torch.no_grad()
+def expected_length(draft, traces, K):
+    """Tokens a round to expect of a draft on these answers, had every token of them started a chain of K."""
+    lengths = []
+    for trace in traces:
+        with products("medium"):
+            alpha = acceptance(*replay_answer(draft, trace, K), trace.temperature)
+        lengths.append(1 + alpha.cumprod(0).sum().item())
+    return sum(lengths) / len(lengths)
+
+
 def optimizers(model, lr, weight_decay=0.0):
     """Muon (Jordan et al. 2024) on the matrices, AdamW at a seventh of its rate on embedding, head and norms.
 

@@ -899,6 +899,45 @@ def test_what_is_published_is_what_serves(files, monkeypatch):
     assert torch.equal(served[2], learned[1]) and torch.equal(served[3], learned[1]) and torch.equal(served[4], learned[3])
 
 
+def test_the_draft_that_serves_is_examined_on_answers_nobody_learns_from(files, tmp_path, monkeypatch):
+    """A version every two requests, so every other update leaves what serves, and its examination, as it was; the static
+    draft and a run that does not learn stay where they are.  Examined prompts are of files that no traffic is cut from."""
+    texts = {"traffic": ["".join(f"traffic {i}\n" for i in range(200))], "eval": ["".join(f"held out {i}\n" for i in range(200))]}
+    monkeypatch.setattr(aurora, "texts_of", lambda kind, split: texts[split])
+    asked, learned, update = [], [], rl.Learner.update
+    monkeypatch.setattr(aurora, "examination", lambda target, requests, then=aurora.examination: (asked.extend(requests), then(target, requests))[1])
+    monkeypatch.setattr(rl.Learner, "update", lambda self, trace: (learned.append(trace), update(self, trace))[1])
+
+    def held_out(*more):
+        aurora.main(["--target", f"{files}/target.pt", "--static", f"{files}/draft.pt", "--traffic", "python,cpp", "--requests", "2", "--compare",
+                     "--num-speculative-tokens", "4", "--max-new-tokens", "12", "--log", f"{tmp_path}/l.jsonl", "--report", f"{tmp_path}/r.json", *more])
+        lines = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
+        return [x["held_out"] for x in lines if x["arm"] == "online"], json.loads((tmp_path / "r.json").read_text())["held_out"]
+
+    lengths, report = held_out("--publish-every", "2")
+    begun, static, ended = ({kind: report[kind][name] for kind in report} for name in ("begun", "static", "ended"))
+    assert set(begun) == {"python", "cpp"} and lengths[0] == begun != lengths[1] == lengths[2] != lengths[3] == ended
+    assert all(1 < length < aurora.EXAMINED + 1 for length in [*begun.values(), *static.values()])
+    assert [r.kind for r in asked] == ["python", "python", "cpp", "cpp"] and all(b"held" in bytes(r.prompt[1:]) for r in asked)
+    assert len(learned) == 4 and all(b"traffic" in bytes(t.ids[1 : t.prompt_length].tolist()) for t in learned)
+    lengths, report = held_out("--no-learn", "--draft", "static")
+    assert lengths == [static] * 4 and report["cpp"] == dict.fromkeys(("begun", "ended", "static"), static["cpp"])
+
+
+def test_expected_length_is_the_acceptance_length_that_rounds_have():
+    """Rounds from every place of many answers at a fixed K, against the formula: it is their mean, within 5 standard errors."""
+    target = tiny_target()
+    draft, K = tiny_draft(target), 3
+    requests = [Request([1, 2, 3], 40, seed, 1.0) for seed in range(64)]
+    served, plain = Generation(target, draft, requests, K), Generation(target, None, requests, 0)
+    list(serve.rounds(served, serve.FixedLength(K)))
+    list(serve.rounds(plain, serve.FixedLength(0)))
+    lengths = torch.cat([1.0 + served.trace(b).num_accepted for b in range(64)])
+    expected = rl.expected_length(draft, [plain.trace(b) for b in range(64)], K)
+    assert abs(lengths.mean() - expected) < 5 * lengths.std() / len(lengths) ** 0.5
+    assert expected > 1.3
+
+
 @pytest.mark.parametrize("extra", [["--dtype", "bfloat16"], ["--temperature", "0"], ["--num-speculative-tokens", "1"], ["--num-speculative-tokens", "auto"], ["--estimator", "reinforce", "--target-side", "0"], ["--estimator", "reinforce_textbook"], ["--estimator", "kl", "--target-side", "0.5"]])
 def test_other_settings_run(files, capsys, extra):
     run(files, *extra)
