@@ -541,9 +541,9 @@ def textbook(q, p, tokens, _):
     """reward = accepted tokens from here on, times grad log q, for every outcome of the coins.  The counter-example."""
     log_q, log_p = (z.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1) for z in (q, p))
     loss, reach = 0.0, 1.0
-    for n, accept in enumerate([*(log_p - log_q).exp().clamp(max=1)[0].tolist(), 0.0]):  # n tokens kept, the next one not
+    for n, kept in enumerate([*(log_p - log_q).exp().clamp(max=1)[0].tolist(), 0.0]):  # n tokens kept, the next one not
         reward = (n - torch.arange(log_q.shape[1])).clamp(min=0)
-        loss, reach = loss - reach * (1 - accept) * (reward * log_q).sum(), reach * accept
+        loss, reach = loss - reach * (1 - kept) * (reward * log_q).sum(), reach * kept
     return loss
 
 
