@@ -117,7 +117,7 @@ class Journal:
         self.log = open(args.log, "w") if args.log else None
         self.bar = tqdm(total=total, unit="request", disable=None if total > 1 else True)
 
-    def record(self, arm, request, trace, seconds, loss=None, expected_length=None, learn_seconds=0.0):
+    def record(self, arm, request, trace, seconds, loss=None, expected_length=None, staleness=None, learn_seconds=0.0):
         width = (trace.draft_tokens >= 0).sum(1)  # what each round drafted; one of plain decoding has no acceptance length
         kept = trace.num_accepted[width > 0]
         line = {"arm": arm, "class": request.kind, "seed": request.seed, "draft_version": trace.version,
@@ -127,7 +127,7 @@ class Journal:
                 "acceptance_histogram": torch.bincount(kept, minlength=trace.draft_tokens.shape[1] + 1).tolist(),
                 "mean_acceptance_length": 1 + int(kept.sum()) / max(1, len(kept)),
                 "serve_seconds": seconds, "learn_seconds": learn_seconds,
-                "expected_length": expected_length, "update_loss": loss}
+                "expected_length": expected_length, "staleness": staleness, "update_loss": loss}
         if self.examine and arm == "online":
             self.examined = line["held_out"] = self.examine() if learn_seconds else self.examined
         self.records.append(line)
@@ -304,8 +304,9 @@ def arguments(argv):
     group = parser.add_argument_group("learning")
     group.add_argument("--estimator", choices=ESTIMATORS, default="log", help="a rung of the ladder that python rl.py shows, from the biased textbook to Aurora's KL; each learns from either side")
     group.add_argument("--target-side", type=float, default=1.0, metavar="SHARE", help="of the loss that comes from the target's own tokens, 0 to 1")
-    group.add_argument("--lr", type=float, default=0.05, help="of Muon; a trained draft uses as much of it as the signal in its gradients allows")
+    group.add_argument("--lr", type=float, default=argparse.SUPPRESS, help="of Muon (default: 0.05 for a scratch draft, 0.02 for a trained one)")
     group.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of the optimizer after each request (default: 3 for a scratch draft, 1 for a trained one)")
+    group.add_argument("--reservoir", type=int, default=32, metavar="N", help="older requests that are kept in mind beside the last 32; 0 is none")
     group.add_argument("--publish-every", type=int, default=1, metavar="M", help="requests per served version")
     group.add_argument("--no-learn", action="store_true")
     group = parser.add_argument_group("measuring and keeping")
@@ -321,9 +322,9 @@ def arguments(argv):
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     group.add_argument("--threads", type=int, default=0, help="0: one for a target under 50M parameters, else as torch chooses")
     args = parser.parse_args(argv)
-    steps = 3 if args.draft == "scratch" else 1
-    args = argparse.Namespace(**{"steps": steps} | vars(args))
-    for name, low in (("requests", 1), ("max_new_tokens", 1), ("steps", 1), ("publish_every", 1), ("held_out", 0), ("threads", 0), ("top_k", 0), ("draft_vocab", 0)):
+    scratch = args.draft == "scratch"
+    args = argparse.Namespace(**{"steps": 3 if scratch else 1, "lr": 0.05 if scratch else 0.02} | vars(args))
+    for name, low in (("requests", 1), ("max_new_tokens", 1), ("steps", 1), ("publish_every", 1), ("held_out", 0), ("reservoir", 0), ("threads", 0), ("top_k", 0), ("draft_vocab", 0)):
         if getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
     if args.num_speculative_tokens != "auto" and args.num_speculative_tokens < 1:
@@ -521,7 +522,7 @@ def load_learner(directory, target):
         return draft, {}
     try:
         state = torch.load(beside, map_location="cpu", weights_only=True)
-        return draft, {name: state[name] for name in ("optimizers", "updates", "version", "signal", "measured")}
+        return draft, {name: state[name] for name in ("optimizers", "weights", "averaged", "updates", "version")}
     except Exception as error:  # torch raises many kinds for a file that is not its own
         raise UserError(f"{beside} cannot be read ({type(error).__name__})") from None
 
@@ -555,7 +556,7 @@ def facts(target, draft, K, args, requests):
           f"{args.dtype}, {weights / 1e6:.0f} MB of weights a forward, {args.device}, {torch.get_num_threads()} threads\n"
           f"draft    {args.draft}: {size}{said}, {K}, {law}\n"
           f"verify   {'kernels.cu' if kernel(torch.device(args.device).type) else 'the torch reference'}\n"
-          f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr up to {args.lr:g}, {args.steps} steps a request, a version every {args.publish_every}'}\n"
+          f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, {args.steps} steps a request, a version every {args.publish_every}'}\n"
           f"traffic  {', '.join(dict.fromkeys(r.kind for r in requests))}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
 
 
@@ -569,10 +570,10 @@ def main(argv=None):
         return stream(target, tokenizer, draft, requests[0], args)
     K = draft_lengths(target, draft, static, args)
     learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, min(5, K["online"].longest),
-                      lowest=float(args.draft == "scratch"), seed=args.seed)
-    learner.restore(state)
+                      reservoir=args.reservoir, scratch=args.draft == "scratch", seed=args.seed)
     frozen = getattr(draft, "embed_tokens", None)
     served = copy.deepcopy(draft, {id(frozen): frozen})  # the embedding is the target's own
+    learner.restore(state)
     facts(target, draft, K["online"], args, requests)
     exam = None
     if args.held_out and not pairs and all(hasattr(d, "replay") for d in (served, static) if d):

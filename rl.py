@@ -30,7 +30,6 @@ Letters: R rounds, K drafted tokens a round, V vocabulary, T tokens of a sequenc
 """
 
 import itertools
-import math
 import time
 from collections import deque
 from contextlib import contextmanager
@@ -48,7 +47,6 @@ ESTIMATORS = {  # each for what the one before it lacks
     "log": "the log of the overlap: no estimate of this gradient, another goal with the same best draft, and strong from afar",
     "kl": "forward KL, distillation: likewise, with every place alike, reached or not; further from what acceptance asks for",
 }
-FULL_SIGNAL = 1 / 6  # cosine from which on the learner takes whole steps
 
 
 def _log_distributions(draft_logits, target_logits, temperature):
@@ -300,26 +298,26 @@ def optimizers(model, lr, weight_decay=0.0):
 class Learner:
     """Learns in place on the draft it is given; what serves is a copy that the driver takes of a published version.
 
-    target_side in 0..1 is the share of the loss that comes from the target's own tokens, in chains of `chain`; the rest
-    comes from the draft's.  An update is `steps` optimizer steps, each on two traces: first the new one and one of the
-    last `buffer_size`, then two of these.  `acceptance` is its estimate, place by place, for the draft as it learned.
+    target_side in 0..1 is the share of the loss that comes from the target's own tokens, in chains of `chain` that start
+    at `places` places of an answer, drawn at random; the rest comes from the draft's.  An update is `steps` optimizer
+    steps, each on two traces: first the new one and one from memory, then two from memory.  In memory are the last
+    `recent` traces and, of all that are older, a sample of `reservoir` (Vitter 1985), so that what is no longer asked
+    for is not forgotten.
 
-    The rate follows the signal: the cosine between a new request's gradient, which no step has seen, and the direction
-    in which the last steps went (Muon's momentum).  Near 1, requests agree on what is to be learned: a random draft.
-    Near 0, what they ask for is their own noise: a converged draft, which a high rate would only shake.  Below 0, the
-    last steps went too far.  (The same product is the gradient of the loss in the rate: Baydin et al. 2018.)  `lowest`
-    is the share of the rate that is used in any case: 1 for a random draft, whose large steps overshoot and teach all
-    the same."""
+    The rate is constant, since traffic has no end for it to fall towards.  What a falling rate is for, averaging does:
+    published is the mean of the weights over the last `horizon` steps or so (Polyak & Juditsky 1992).  That of a random
+    draft (`scratch`), which is soon far from where it began, spans a third of its steps at first."""
 
-    def __init__(self, draft, estimator, lr, target_side, steps=1, chain=4, lowest=0.0, buffer_size=32, seed=0):
-        self.draft, self.estimator, self.target_side, self.steps, self.chain = draft, estimator, target_side, steps, chain
+    def __init__(self, draft, estimator, lr, target_side, steps=1, chain=4, places=96, recent=32, reservoir=32, horizon=60, scratch=False, seed=0):
+        self.draft, self.estimator, self.target_side, self.steps = draft, estimator, target_side, steps
+        self.chain, self.places, self.horizon = chain, places, horizon
         self.optimizers = optimizers(draft, lr)
-        self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]  # the highest; reached at signal FULL_SIGNAL
-        self.lowest, self.signal, self.measured = lowest, 0.1, 0  # share of the rates; running mean, over so many requests
-        self.buffer = deque(maxlen=buffer_size)  # recent traces
+        self.average = {name: p.detach().clone() for name, p in draft.named_parameters() if p.requires_grad}
+        self.averaged = 0 if scratch else 3 * horizon  # steps
+        self.recent, self.reservoir, self.size, self.older = deque(maxlen=recent), [], reservoir, 0
         self.updates, self.version, self.published = 0, 0, 0  # traces learned from; newest version; how many it has
         self.generator = torch.Generator().manual_seed(seed)
-        self.acceptance = []
+        self.acceptance = []  # its estimate, place by place, for the draft as it learned
 
     def loss(self, trace):
         """-> the loss, with gradient, and the acceptance at each place of the chain (K,).
@@ -334,73 +332,92 @@ class Learner:
             loss = policy_gradient_loss(logits, target_logits, tokens, T, self.estimator, behaviour)
             parts.append((draft_side, loss, acceptance(logits, target_logits, tokens, T, behaviour)))
         if draft_side < 1:
-            places = None if self.target_side > 0 else trace.starts[~drafted] + 2 - trace.prompt_length
+            answer = len(trace.ids) - trace.prompt_length
+            chosen = torch.randperm(answer, generator=self.generator)[: self.places].sort().values.to(trace.ids.device)
+            places = chosen if self.target_side > 0 else trace.starts[~drafted] + 2 - trace.prompt_length
             answer = replay_answer(self.draft, trace, self.chain, places)
             loss = target_side_loss(*answer, T, self.estimator)
             parts.append((1 - draft_side, loss, acceptance(*answer, T)))
         return sum(share * loss for share, loss, _ in parts), max(parts, key=lambda part: part[0])[2]
 
     def update(self, trace):
-        """Learns from one more trace -> {"loss": its own, "expected_length", "learn_seconds"}.
+        """Learns from one more trace -> {"loss": its own, "expected_length", "staleness", "learn_seconds"}.
 
         expected_length: tokens a round to expect of chains of this length, on this answer, before it is learned from.
+        staleness: versions between the one that served a trace and the newest, mean over the traces learned from.
 
         Raises UserError when a gradient is not finite or the weights have exploded."""
-        begun, losses = time.perf_counter(), []
+        begun, losses, staleness = time.perf_counter(), [], []
         self.updates += 1
         for step in range(self.steps):
-            order = torch.randperm(len(self.buffer), generator=self.generator).tolist()
-            batch = [self.buffer[i] for i in order[:2]] if step else [trace] + [self.buffer[i] for i in order[:1]]
+            memory = [*self.recent, *self.reservoir]
+            order = torch.randperm(len(memory), generator=self.generator).tolist()
+            batch = [memory[i] for i in order[:2]] if step else [trace] + [memory[i] for i in order[:1]]
             if step == 0:
-                self.buffer.append(trace)
+                self.remember(trace)
             for example in batch:
                 with products("medium"):
                     loss, learned = self.loss(example)
                     (loss / len(batch)).backward()
                 losses.append(loss.item())
-                if example is trace and step == 0:  # it stands first: these are its gradients alone
+                staleness.append(self.version - example.version)
+                if len(losses) == 1:
                     self.acceptance = learned.tolist()
-                    self.measure_signal()
             norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
             if not norm.isfinite():
-                raise UserError(f"learning diverged at update {self.updates}: the gradient is not finite; lower --lr")
-            for optimizer, rate in zip(self.optimizers, self.rates):
-                optimizer.param_groups[0]["lr"] = rate * min(1.0, max(self.lowest, self.signal / FULL_SIGNAL))
+                self.diverged("the gradient is not finite")
+            for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-        if not all(p.abs().max() < 1e6 for p in self.draft.parameters()):  # far from any weight of use; NaN is not less
-            raise UserError(f"learning diverged at update {self.updates}: the weights are past a million; lower --lr")
+            if not all(p.abs().max() < 1e6 for p in self.draft.parameters()):  # far from any weight of use; NaN is not less
+                self.diverged("the weights are past a million")
+            self.averaged += 1
+            for name, p in self.draft.named_parameters():
+                if p.requires_grad:
+                    self.average[name].lerp_(p.detach(), max(1 / self.horizon, 3 / (self.averaged + 2)))
         expected = 1 + torch.tensor(self.acceptance).cumprod(0).sum().item()
-        return {"loss": losses[0], "expected_length": expected, "learn_seconds": time.perf_counter() - begun}
+        return {"loss": losses[0], "expected_length": expected, "staleness": sum(staleness) / len(staleness),
+                "learn_seconds": time.perf_counter() - begun}
 
-    def measure_signal(self):
-        """Called with the gradients of a new trace alone; before the first step there is no direction yet."""
-        muon, _ = self.optimizers
-        if muon.state:
-            gradient = torch.cat([p.grad.flatten() for p in muon.param_groups[0]["params"]])
-            direction = torch.cat([muon.state[p]["momentum_buffer"].flatten() for p in muon.param_groups[0]["params"]])
-            cosine = torch.cosine_similarity(gradient, direction, dim=0).item()
-            if math.isfinite(cosine):  # else the update is about to fail, and this is kept
-                self.measured += 1
-                self.signal += max(0.1, 1 / (1 + self.measured)) * (cosine - self.signal)
+    def diverged(self, why):
+        """Goes back to the average, which no such step has touched, so that what is saved can be gone on from."""
+        self.draft.load_state_dict(self.draft.state_dict() | self.average)
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+            optimizer.zero_grad()
+        raise UserError(f"learning diverged at update {self.updates}: {why}; lower --lr")
+
+    def remember(self, trace):
+        """The trace that is too old for `recent` gets its chance in the reservoir: each older one is there with the same."""
+        if len(self.recent) == self.recent.maxlen and self.size:
+            self.older += 1
+            place = len(self.reservoir) if len(self.reservoir) < self.size else int(torch.randint(self.older, (), generator=self.generator))
+            if place < self.size:
+                self.reservoir[place : place + 1] = [self.recent[0]]
+        self.recent.append(trace)
 
     def publish(self):
         """The weights that serve from now on; a new version if they have changed since the last."""
         if self.updates > self.published:
             self.version, self.published = self.version + 1, self.updates
-        return self.draft.state_dict()
+        return self.draft.state_dict() | self.average
 
     def state(self):
-        """What a resumed learner needs besides the draft's weights.  No trace: those are users' text."""
-        return {"optimizers": [o.state_dict() for o in self.optimizers], "updates": self.updates, "version": self.version,
-                "signal": self.signal, "measured": self.measured}
+        """What a resumed learner needs besides the published draft.  No trace: those are users' text."""
+        weights = {name: p.detach() for name, p in self.draft.named_parameters() if p.requires_grad}
+        return {"optimizers": [o.state_dict() for o in self.optimizers], "weights": weights, "averaged": self.averaged,
+                "updates": self.updates, "version": self.version}
 
+    @torch.no_grad()
     def restore(self, state):
         if state:
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
+            for name, p in self.draft.named_parameters():
+                if p.requires_grad:
+                    p.copy_(state["weights"][name])
             self.updates = self.published = state["updates"]
-            self.version, self.signal, self.measured = state["version"], state["signal"], state["measured"]
+            self.averaged, self.version = state["averaged"], state["version"]
 
 
 # ---- python rl.py: the ladder on languages small enough to enumerate ----------------------------------------
