@@ -927,8 +927,9 @@ def test_what_is_published_is_what_serves(files, monkeypatch):
     served, learned = [], []
     update = rl.Learner.update
     weights = lambda draft: torch.cat([p.detach().flatten() for p in draft.parameters()])
+    published = lambda learner: torch.cat([learner.average.get(n, p).flatten() for n, p in learner.draft.named_parameters()])
     monkeypatch.setattr(aurora, "generate", lambda target, draft, *a, **k: (served.append(draft and weights(draft)), generate(target, draft, *a, **k))[1])
-    monkeypatch.setattr(rl.Learner, "update", lambda self, trace: (update(self, trace), learned.append(weights(self.draft)))[0])
+    monkeypatch.setattr(rl.Learner, "update", lambda self, trace: (update(self, trace), learned.append(published(self)))[0])
     run(files, "--publish-every", "2")
     served = [w for w in served if w is not None]
     assert torch.equal(served[0], served[1]) and not torch.equal(served[1], served[2])
