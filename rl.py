@@ -29,11 +29,14 @@ All of it is conditional on where rounds start; that the draft also moves the st
 Letters: R rounds, K drafted tokens a round, V vocabulary, T tokens of a sequence.
 """
 
+import argparse
 import itertools
+import json
 import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -420,7 +423,7 @@ class Learner:
             self.averaged, self.version = state["averaged"], state["version"]
 
 
-# ---- python rl.py: the ladder on languages small enough to enumerate ----------------------------------------
+# ---- python rl.py: the ladder on languages small enough to enumerate; python rl.py LOGS: as it went in earnest -------
 
 
 def measured(estimator, seed, far=False, behaviour=None, V=4, K=3):
@@ -444,7 +447,7 @@ def measured(estimator, seed, far=False, behaviour=None, V=4, K=3):
     return torch.stack([(mean * exact).sum() / (length * exact.norm()), length / exact.norm(), square / length**2 - 1])
 
 
-def main(languages=20):
+def toy(languages=20):
     print(f"""What the estimators make of the exact gradient of the expected accepted tokens, on {languages} random languages of 4 tokens,
 chains of 3: median, and half the distance between the quartiles.  near: the target's logits are the draft's and 0.6 noise;
 far: independent and sharp.  cosine, length: of the mean, 1 and 1 if unbiased.  noise: variance of a round over the square
@@ -462,5 +465,37 @@ of that mean, for tokens that the draft drew; noise*: that the target drew.
     print("", *(f"{estimator:20s}{what}" for estimator, what in ESTIMATORS.items()), sep="\n")
 
 
+def in_earnest(logs, picture):
+    """Of `aurora.py --log NAME-SEED.jsonl`: tokens a round on held-out answers, a row a NAME, its seeds' mean and deviation."""
+    runs = {}
+    for log in sorted(map(Path, logs)):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        lengths = [list(line["held_out"].values()) for line in lines if line["arm"] == "online" and "held_out" in line]
+        if not lengths:
+            raise UserError(f"{log} holds no examination of a draft: expected a --log of aurora.py with --held-out at least 1")
+        runs.setdefault(log.stem.rpartition("-")[0] or log.stem, []).append(torch.tensor(lengths).mean(1))  # over classes
+    runs = {name: torch.stack([c[: min(map(len, curves))] for c in curves]) for name, curves in runs.items()}  # (seeds, requests)
+    shown = [-(-min(c.shape[1] for c in runs.values()) * i // 5) for i in range(1, 6)]
+    print(f"{'after requests':20s}", *(f"{n:>12d}" for n in shown), "  seeds", sep="")
+    for name, curves in sorted(runs.items(), key=lambda run: -run[1][:, -1].mean()):
+        cells = [f"{x.mean():.2f}±{x.std(correction=len(x) > 1):.2f}" for x in curves[:, [n - 1 for n in shown]].T]
+        print(f"{name:20s}", *(f"{cell:>12s}" for cell in cells), f"{len(curves):7d}", sep="")
+    if picture:
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(7, 3.6), constrained_layout=True)
+        for name, curves in runs.items():
+            requests, middle, spread = range(1, curves.shape[1] + 1), curves.mean(0), curves.std(0, correction=len(curves) > 1)
+            axes.plot(requests, middle, label=name)
+            axes.fill_between(requests, middle - spread, middle + spread, alpha=0.2)
+        axes.set(xlabel="requests learned from", ylabel="tokens a round, held-out answers")
+        axes.legend()
+        figure.savefig(picture, dpi=150)
+
+
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description="the ladder on languages small enough to enumerate or, given logs, as it went in earnest")
+    parser.add_argument("logs", nargs="*", metavar="NAME-SEED.jsonl", help="what aurora.py --log wrote, of several estimators and seeds")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the logs (needs matplotlib)")
+    args = parser.parse_args()
+    in_earnest(args.logs, args.plot) if args.logs else toy()
