@@ -498,4 +498,7 @@ if __name__ == "__main__":
     parser.add_argument("logs", nargs="*", metavar="NAME-SEED.jsonl", help="what aurora.py --log wrote, of several estimators and seeds")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the logs (needs matplotlib)")
     args = parser.parse_args()
-    in_earnest(args.logs, args.plot) if args.logs else toy()
+    try:
+        in_earnest(args.logs, args.plot) if args.logs else toy()
+    except (UserError, OSError, ValueError, KeyError) as error:
+        parser.error(f"not a --log of aurora.py: {error}")

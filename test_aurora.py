@@ -7,6 +7,7 @@ are what is tested.
 
 import copy
 import gc
+import importlib.util
 import itertools
 import json
 import random
@@ -749,6 +750,20 @@ def test_places_that_no_round_reached_have_no_acceptance():
     least = torch.minimum(draft.softmax(-1), target.softmax(-1))
     expected = [least[:2, 0].sum(-1).mean(), least[0, 1].sum()]
     torch.testing.assert_close(rl.acceptance(draft, target, tokens), torch.stack(expected))
+
+
+def test_logs_of_several_estimators_and_seeds_become_one_table(tmp_path, capsys):
+    for name, seed, last in (("log", 0, 2.5), ("log", 1, 3.5), ("kl", 0, 2.0), ("kl", 1, 2.0)):
+        lines = [{"arm": "plain"}] + [{"arm": "online", "held_out": {"a": 1.0 + (last - 1.0) * i / 10, "b": last}} for i in range(1, 11)]
+        (tmp_path / f"{name}-{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rl.in_earnest([str(path) for path in tmp_path.iterdir()], f"{tmp_path}/p.png" if importlib.util.find_spec("matplotlib") else None)
+    head, first, second = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert head == ["after", "requests", "2", "4", "6", "8", "10", "seeds"]
+    assert first == ["log", "2.20±0.42", "2.40±0.49", "2.60±0.57", "2.80±0.64", "3.00±0.71", "2"]
+    assert second[0] == "kl" and second[5] == "2.00±0.00"
+    (tmp_path / "x-0.jsonl").write_text("")
+    with pytest.raises(UserError, match="holds no examination"):
+        rl.in_earnest([tmp_path / "x-0.jsonl"], None)
 
 
 @pytest.mark.parametrize("scratch", [True, False])
