@@ -7,14 +7,22 @@ position, so the next round writes over what was rejected.
 Letters: B batch rows, T tokens, F features to read, K drafted tokens a round, R rounds, V vocabulary, D hidden width.
 """
 
+import statistics
+import sys
 import time
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
+from types import FunctionType, MethodType
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from draft import FixedLength
+from draft import Draft, FixedLength
+from model import SPARE, Transformer
 from rl import Trace
 from verify import Sampling, accept
 
@@ -167,3 +175,112 @@ def seconds_per_round(target, draft, temperature):
     sweeps = torch.tensor(sweeps[1:], dtype=torch.float64)  # the first one warms up
     share = (sweeps / sweeps.sum(1, keepdim=True)).median(0).values
     return (share * sweeps.sum(1).median() / share.sum()).tolist()
+
+
+# ---- the fast path, chosen once: forwards of fixed shapes, compiled ------------------------------------
+
+ROWS = (1, 5, 9)  # tokens of a compiled forward: plain decoding's, those of up to 4 and of up to 8 drafted tokens
+# Inductor's own products take a quarter of oneDNN's time in bfloat16; in float32 MKL's are faster from a few rows on.
+PACKED = {"freezing": True, "cpp.enable_concat_linear": True}
+OWN_PRODUCTS = {"max_autotune": True, "max_autotune_gemm_backends": "CPP"}
+
+
+def slots_for(tokens):
+    """Cache slots of compiled forwards that serve so many tokens: few different numbers, so that torch's cache knows them."""
+    return -(-(tokens + SPARE) // 256) * 256
+
+
+@torch.no_grad()
+def compile_forwards(target, drafts, slots):
+    """Gives the models forwards that torch.compile made, for one request at a time whose caches have `slots` slots; what else
+    they are asked for (a prompt, a batch, the learner's replay) goes the old way.  Returns None, or in one line why
+    torch cannot compile here; then nothing is changed.
+
+    The target never changes, so its weights are packed into its graphs.  A draft's are arguments of its graphs: what
+    is published by copying into them serves at once.  Compile the draft that serves, and never copy it afterwards."""
+    forwards = [(target, "forward", ROWS, None)]  # the last one: the width of what comes with a token besides its id
+    for draft in drafts:
+        if isinstance(draft, Draft):
+            forwards += [(draft, "read", ROWS, draft.fc.in_features), (draft, "extend", ROWS[:1], draft.config.hidden_size)]
+        elif isinstance(draft, Transformer):
+            forwards.append((draft, "forward", ROWS, None))
+    for model, name, _, _ in forwards:
+        setattr(model, name, fixed_shapes(getattr(type(model), name), model, slots))
+        model.new_cache = lambda batch, length, model=model: type(model).new_cache(
+            model, batch, slots if batch == 1 and length + SPARE <= slots else length)
+    dtype = target.lm_head.weight.dtype
+    try:
+        for model, name, rows, width in tqdm([(m, n, r, w) for m, n, all_rows, w in forwards for r in all_rows], desc="compiling",
+                                             leave=False, disable=None):
+            tokens = [torch.zeros(1, rows, width, dtype=dtype if name == "read" else model.lm_head.weight.dtype)] if width else []
+            last = {"last": torch.tensor([rows - 1])} if name == "read" else {}
+            own_products = rows == 1 or dtype == torch.bfloat16
+            with torch._inductor.config.patch(PACKED | (OWN_PRODUCTS if own_products else {}) if model is target else {}):
+                getattr(model, name)(*tokens, torch.zeros(1, rows, dtype=torch.int64), torch.arange(rows)[None], model.new_cache(1, 1), **last)
+    except Exception as error:  # no compiler, or one that fails: torch has many kinds
+        for model, name, _, _ in forwards:
+            vars(model).pop(name)
+            vars(model).pop("new_cache", None)
+        return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def fixed_shapes(function, model, slots):
+    """A method of a model, (tokens (1, T, ..) .., positions (1, T), cache, ..) -> tensors (1, T or 1, ..), with its tokens
+    padded to one of ROWS.  Pads stand behind the others, where a cache holds nothing: what they leave is written over."""
+    # torch keeps graphs with the code, which all models of a class share: a copy of the code keeps them apart.
+    own_code = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    graph = torch.compile(MethodType(own_code, model), fullgraph=True, dynamic=False,
+                          options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
+
+    def forward(*args, **more):
+        *tokens, positions, cache = args if len(args) > 2 else (None, None, None)
+        T = positions.shape[1] if cache and cache.k[0].shape[:2] == (1, slots) else slots
+        rows = next((rows for rows in ROWS if T <= rows), None)
+        if rows is None or torch.is_grad_enabled():
+            return function(model, *args, **more)
+        if rows > T:
+            tokens = [F.pad(x, (0, 0) * (x.ndim - 2) + (0, rows - T)) for x in tokens]
+            positions = positions[:, :1] + torch.arange(rows)
+        return [x[:, :T] for x in graph(*tokens, positions, cache, **more)]
+
+    return forward
+
+
+# ---- where the time goes -----------------------------------------------------------------------------------
+
+
+def profile(target, draft, temperature, K, context=128, rounds=20):
+    """Medians of rounds with K drafted tokens after `context` tokens -> seconds {"target", "draft", "acceptance",
+    "bookkeeping"}.  A second of the target's is what its forward and its head take."""
+    spent, laps = Counter(), []
+
+    def timed(part, function):
+        def run(*args, **more):
+            begun = time.perf_counter()
+            out = function(*args, **more)
+            spent[part] += time.perf_counter() - begun
+            return out
+
+        return run
+
+    generation = Generation(target, draft, [Request([0] * context, rounds * (K + 1), 0, temperature)], K)
+    with ExitStack() as stack:
+        for part, owner, name in (("target", target, "forward"), ("target", target, "logits"), ("draft", draft, "propose"),
+                                  ("acceptance", sys.modules[__name__], "accept")):
+            stack.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
+        while not generation.done and len(laps) < rounds + 1:
+            spent.clear()
+            begun = time.perf_counter()
+            generation.round(K)
+            laps.append(dict(spent, bookkeeping=time.perf_counter() - begun - sum(spent.values())))
+    return {part: statistics.median(lap.get(part, 0.0) for lap in laps[1:]) for part in ("target", "draft", "acceptance", "bookkeeping")}
+
+
+def read_bandwidth(size):
+    """Bytes per second at which so many bytes are read and added up, the best of nine times."""
+    buffer, best = torch.ones(size // 4), float("inf")
+    for _ in range(9):
+        begun = time.perf_counter()
+        buffer.sum()
+        best = min(best, time.perf_counter() - begun)
+    return size / best
