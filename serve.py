@@ -182,7 +182,7 @@ def seconds_per_round(target, draft, temperature):
 ROWS = (1, 5, 9)  # tokens of a compiled forward: plain decoding's, those of up to 4 and of up to 8 drafted tokens
 # Inductor's own products take a quarter of oneDNN's time in bfloat16; in float32 MKL's are faster from a few rows on.
 PACKED = {"freezing": True, "cpp.enable_concat_linear": True}
-OWN_PRODUCTS = {"max_autotune": True, "max_autotune_gemm_backends": "CPP"}
+OWN_PRODUCTS = {"max_autotune": True, "max_autotune_gemm_backends": "CPP", "autotune_num_choices_displayed": 0}
 
 
 def slots_for(tokens):
@@ -191,13 +191,13 @@ def slots_for(tokens):
 
 
 @torch.no_grad()
-def compile_forwards(target, drafts, slots):
+def compile_forwards(target, drafts, slots, learning=None):
     """Gives the models forwards that torch.compile made, for one request at a time whose caches have `slots` slots; what else
     they are asked for (a prompt, a batch, the learner's replay) goes the old way.  Returns None, or in one line why
     torch cannot compile here; then nothing is changed.
 
-    The target never changes, so its weights are packed into its graphs.  A draft's are arguments of its graphs: what
-    is published by copying into them serves at once.  Compile the draft that serves, and never copy it afterwards."""
+    What never changes has its weights packed into its graphs.  Those of the draft that serves while it is `learning` are
+    arguments of its graphs, so what is published by copying into them serves at once.  Do not copy a model afterwards."""
     forwards = [(target, "forward", ROWS, None)]  # the last one: the width of what comes with a token besides its id
     for draft in drafts:
         if isinstance(draft, Draft):
@@ -208,14 +208,14 @@ def compile_forwards(target, drafts, slots):
         setattr(model, name, fixed_shapes(getattr(type(model), name), model, slots))
         model.new_cache = lambda batch, length, model=model: type(model).new_cache(
             model, batch, slots if batch == 1 and length + SPARE <= slots else length)
-    dtype = target.lm_head.weight.dtype
     try:
         for model, name, rows, width in tqdm([(m, n, r, w) for m, n, all_rows, w in forwards for r in all_rows], desc="compiling",
                                              leave=False, disable=None):
-            tokens = [torch.zeros(1, rows, width, dtype=dtype if name == "read" else model.lm_head.weight.dtype)] if width else []
+            origin = target if name == "read" else model
+            tokens = [torch.zeros(1, rows, width, dtype=origin.lm_head.weight.dtype)] if width else []
             last = {"last": torch.tensor([rows - 1])} if name == "read" else {}
-            own_products = rows == 1 or dtype == torch.bfloat16
-            with torch._inductor.config.patch(PACKED | (OWN_PRODUCTS if own_products else {}) if model is target else {}):
+            packed = PACKED | (OWN_PRODUCTS if rows == 1 or model.lm_head.weight.dtype == torch.bfloat16 else {})
+            with torch._inductor.config.patch({} if model is learning else packed):
                 getattr(model, name)(*tokens, torch.zeros(1, rows, dtype=torch.int64), torch.arange(rows)[None], model.new_cache(1, 1), **last)
     except Exception as error:  # no compiler, or one that fails: torch has many kinds
         for model, name, _, _ in forwards:
@@ -246,12 +246,13 @@ def fixed_shapes(function, model, slots):
     return forward
 
 
-# ---- where the time goes -----------------------------------------------------------------------------------
+# ---- python aurora.py --profile: where the time goes ------------------------------------------------------
+
+PARTS = ("target", "draft", "acceptance", "bookkeeping")
 
 
-def profile(target, draft, temperature, K, context=128, rounds=20):
-    """Medians of rounds with K drafted tokens after `context` tokens -> seconds {"target", "draft", "acceptance",
-    "bookkeeping"}.  A second of the target's is what its forward and its head take."""
+def profile(target, draft, context, K, rounds=16):
+    """Medians of the seconds that rounds of K drafted tokens spend in each of PARTS, after `context` tokens."""
     spent, laps = Counter(), []
 
     def timed(part, function):
@@ -263,24 +264,56 @@ def profile(target, draft, temperature, K, context=128, rounds=20):
 
         return run
 
-    generation = Generation(target, draft, [Request([0] * context, rounds * (K + 1), 0, temperature)], K)
-    with ExitStack() as stack:
+    generation = Generation(target, draft, [Request([0] * context, LEFT, 0, 0.8)], LONGEST)
+    with ExitStack() as wrappers:
         for part, owner, name in (("target", target, "forward"), ("target", target, "logits"), ("draft", draft, "propose"),
                                   ("acceptance", sys.modules[__name__], "accept")):
-            stack.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
-        while not generation.done and len(laps) < rounds + 1:
+            wrappers.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
+        while not generation.done and len(laps) <= rounds:
             spent.clear()
             begun = time.perf_counter()
             generation.round(K)
             laps.append(dict(spent, bookkeeping=time.perf_counter() - begun - sum(spent.values())))
-    return {part: statistics.median(lap.get(part, 0.0) for lap in laps[1:]) for part in ("target", "draft", "acceptance", "bookkeeping")}
+    return [statistics.median(lap.get(part, 0.0) for lap in laps[1:]) for part in PARTS]
+
+
+LEFT = 96  # tokens that a profiled request may add to its context
 
 
 def read_bandwidth(size):
-    """Bytes per second at which so many bytes are read and added up, the best of nine times."""
+    """Bytes per second at which so many bytes are read and added up: the best of nine times."""
     buffer, best = torch.ones(size // 4), float("inf")
     for _ in range(9):
         begun = time.perf_counter()
         buffer.sum()
         best = min(best, time.perf_counter() - begun)
     return size / best
+
+
+def print_profile(target, draft, compiled):
+    """Where a round goes, how far the target is from the physical floor, and how a round grows with its context."""
+    weight = target.lm_head.weight
+    table = 0 if target.config.tie_word_embeddings else target.model.embed_tokens.weight.numel()  # a row of it is read
+    size = (sum(p.numel() for p in target.parameters()) - table) * weight.element_size()
+    contexts = [c for c in (128, 512, 2048) if c < target.config.max_position_embeddings] + [target.config.max_position_embeddings]
+    contexts = sorted({min(c, target.config.max_position_embeddings - LEFT - 2 * LONGEST - 1) for c in contexts})
+    first = None
+    for context in contexts:
+        tokens = context + LEFT + 2 * LONGEST + 1
+        trouble = compile_forwards(target, [draft], slots_for(tokens), draft) if compiled else None
+        if trouble:
+            print(f"not compiled: {trouble}")
+        caches = [m.new_cache(1, tokens) for m in (target, draft)]
+        held = [sum(x.nbytes for x in c.k + c.v) / 1e6 if hasattr(c, "k") else 0.0 for c in caches]
+        print(f"\ncontext {context}: caches of {held[0]:.1f} MB for the target and {held[1]:.1f} MB for the draft; medians of a round in microseconds")
+        print("K   " + "".join(f"{part:>18s}" for part in PARTS) + "     round  in plain rounds  in target forwards")
+        for K in (0, 1, 2, 4, LONGEST):
+            parts = profile(target, draft, context, K)
+            whole = sum(parts)
+            plain = (whole, parts[0]) if K == 0 else plain
+            first = first or whole
+            print(f"{K:<4d}" + "".join(f"{1e6 * x:12.0f} {x / whole:4.0%}" for x in parts)
+                  + f" {1e6 * whole:10.0f} {whole / plain[0]:16.2f} {whole / plain[1]:19.2f}", flush=True)
+        bandwidth = read_bandwidth(size)
+        print(f"plain decoding: {plain[0] / first:.2f} of its time at the shortest context; the target reads {size / 1e6:.0f} MB of weights a forward "
+              f"at {size / plain[1] / 1e9:.1f} GB/s, {plain[1] * bandwidth / size:.2f} times what reading them alone takes ({bandwidth / 1e9:.1f} GB/s)")
