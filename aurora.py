@@ -34,7 +34,7 @@ from draft import Draft, DraftLength, FixedLength, NGram, load_draft
 from model import Bytes, UserError, load_target, save
 from pretrain import CLASSES, texts_of
 from rl import ESTIMATORS, Learner, expected_length
-from serve import LONGEST, Generation, Request, generate, rounds, seconds_per_round
+from serve import LONGEST, Generation, Request, compile_forwards, generate, print_profile, rounds, seconds_per_round, slots_for
 from verify import NoDistribution, kernel
 
 HERE = Path(__file__).parent
@@ -69,9 +69,24 @@ def draft_lengths(target, online, static, args):
         return dict.fromkeys(("static", "online"), FixedLength(args.num_speculative_tokens))
     costs = {}
     for draft in filter(None, (online, static)):
-        if type(draft) not in costs:
-            costs[type(draft)] = seconds_per_round(target, draft, args.temperature)
-    return {arm: DraftLength(costs[type(draft)]) for arm, draft in (("static", static), ("online", online)) if draft}
+        if cost_class(draft) not in costs:
+            costs[cost_class(draft)] = seconds_per_round(target, draft, args.temperature)
+    return {arm: DraftLength(costs[cost_class(draft)]) for arm, draft in (("static", static), ("online", online)) if draft}
+
+
+def cost_class(draft):
+    """Drafts for which this is equal take equally long."""
+    return type(draft), next((p.dtype for p in draft.parameters() if p.requires_grad), None)
+
+
+def speed_up(target, served, static, requests):
+    """--compile.  The static draft never learns, so it may have the target's dtype."""
+    begun = time.perf_counter()
+    longest = max(192, *(len(r.prompt) + r.max_new_tokens for r in requests))  # 192: where rounds are timed
+    if static:
+        static.to(target.lm_head.weight.dtype)
+    trouble = compile_forwards(target, [d for d in (served, static) if d], slots_for(longest + 2 * LONGEST + 1), served)
+    return f"off, torch cannot compile here: {trouble}" if trouble else f"took {time.perf_counter() - begun:.0f} s; less where torch's cache has it"
 
 
 def plan(requests, compare):
@@ -319,11 +334,16 @@ def arguments(argv):
     group.add_argument("--export", metavar="DIR", help="write the learned draft as SGLang, vLLM and transformers read it")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="cpu")
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), default=argparse.SUPPRESS, help="(default: float32; with --compile bfloat16 where the processor multiplies it)")
+    group.add_argument("--compile", action="store_true", help="compile the forwards first: some minutes, later runs less; pays for long runs")
+    group.add_argument("--profile", action="store_true", help="only print where a round's time goes, and how it grows with the context")
     group.add_argument("--threads", type=int, default=0, help="0: one for a target under 50M parameters, else as torch chooses")
     args = parser.parse_args(argv)
     scratch = args.draft == "scratch"
-    args = argparse.Namespace(**{"steps": 3 if scratch else 1, "lr": 0.05 if scratch else 0.01} | vars(args))
+    dtype = "bfloat16" if args.compile and fast_bfloat16() else "float32"
+    args = argparse.Namespace(**{"steps": 3 if scratch else 1, "lr": 0.05 if scratch else 0.01, "dtype": dtype} | vars(args))
+    if (args.compile or args.profile) and torch.device(args.device).type != "cpu":
+        parser.error("--compile and --profile are for --device cpu")
     for name, low in (("requests", 1), ("max_new_tokens", 1), ("steps", 1), ("publish_every", 1), ("held_out", 0), ("reservoir", 0), ("threads", 0), ("top_k", 0), ("draft_vocab", 0)):
         if getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
@@ -346,6 +366,10 @@ def arguments(argv):
         parser.error(f"--seed must lie in 0..2^31-1, got {args.seed}")
     check_outputs(args, parser)
     return args
+
+
+def fast_bfloat16():
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def check_outputs(args, parser):
@@ -545,17 +569,21 @@ def stream(target, tokenizer, draft, request, args):
           f"{(request.max_new_tokens - left) / len(trace.starts):.2f} tokens a round", file=sys.stderr)
 
 
-def facts(target, draft, K, args, requests):
+def facts(target, draft, K, args, requests, compiled):
     count = lambda model: sum(p.numel() for p in model.parameters())
     weights = count(target) * target.lm_head.weight.element_size()
     c, layers = target.config, draft.config.num_hidden_layers
     size = f"{count(draft) / 1e6:.1f}M parameters in {'one layer' if layers == 1 else f'{layers} layers'}" if count(draft) else "prompt lookup"
     said = f", {len(draft.vocabulary)} of {c.vocab_size} ids" if draft.vocabulary is not None else ""
     law = f"temperature {args.temperature}" + (f", top-p {args.top_p}" if args.top_p < 1 else "") + (f", top-k {args.top_k}" if args.top_k else "")
+    if compiled:
+        no_bfloat16 = "" if fast_bfloat16() else "; float32, as this processor has no products in bfloat16"
+        compiled = f"compile  {compiled}{no_bfloat16}\n"
     print(f"target   {args.target}: {count(target) / 1e6:.1f}M parameters, {c.num_hidden_layers} layers of {c.hidden_size}, "
           f"{args.dtype}, {weights / 1e6:.0f} MB of weights a forward, {args.device}, {torch.get_num_threads()} threads\n"
           f"draft    {args.draft}: {size}{said}, {K}, {law}\n"
           f"verify   {'kernels.cu' if kernel(torch.device(args.device).type) else 'the torch reference'}\n"
+          f"{compiled}"
           f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, {args.steps} steps a request, a version every {args.publish_every}'}\n"
           f"traffic  {', '.join(dict.fromkeys(r.kind for r in requests))}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
 
@@ -566,15 +594,18 @@ def main(argv=None):
     target, tokenizer, draft, static, state = load_models(args)
     context = min(m.config.max_position_embeddings for m in (target, draft, static) if m)
     requests = make_requests(pairs or built_in_prompts(args), args, tokenizer, context)
-    if args.prompt is not None:
-        return stream(target, tokenizer, draft, requests[0], args)
-    K = draft_lengths(target, draft, static, args)
-    learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, min(5, K["online"].longest),
-                      reservoir=args.reservoir, scratch=args.draft == "scratch", seed=args.seed)
     frozen = getattr(draft, "embed_tokens", None)
     served = copy.deepcopy(draft, {id(frozen): frozen})  # the embedding is the target's own
+    if args.profile:
+        return print_profile(target, served, args.compile)
+    compiled = speed_up(target, served, static, requests) if args.compile else ""
+    if args.prompt is not None:
+        return stream(target, tokenizer, served, requests[0], args)
+    K = draft_lengths(target, served, static, args)
+    learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, min(5, K["online"].longest),
+                      reservoir=args.reservoir, scratch=args.draft == "scratch", seed=args.seed)
     learner.restore(state)
-    facts(target, draft, K["online"], args, requests)
+    facts(target, draft, K["online"], args, requests, compiled)
     exam = None
     if args.held_out and not pairs and all(hasattr(d, "replay") for d in (served, static) if d):
         exam = examination(target, make_requests(built_in_prompts(args, "eval", args.held_out), args, tokenizer, context))

@@ -168,12 +168,25 @@ class Draft(nn.Module):
         logits = self.lm_head(self.norm(h))
         return logits.index_fill_(-1, self.suppressed, float("-inf")) if self.vocabulary is None else logits
 
-    def step(self, g, ids, positions, cache):
-        """One pass of the layer over the cache: g (B, T, D), ids (B, T), positions (B, T) -> h (B, T, D)."""
-        cos, sin, mask = rope_and_mask(self, positions, g.dtype)
+    def step(self, g, ids, positions, cache, last=None):
+        """One pass of the layer over the cache: g (B, T, D), ids (B, T), positions (B, T) -> h (B, T, D); with last (B,),
+        h (B, 1, D) of those tokens alone, the others leaving their keys and values."""
+        cos, sin, mask = rope_and_mask(self, positions, cache, g.dtype)
         x = self.midlayer.attention_input(g, self.embed(ids, g.dtype))
-        attended = self.midlayer.self_attn(x, cos, sin, mask, positions, cache, 0)
+        attended = self.midlayer.self_attn(x, cos, sin, mask, positions, cache, 0, last)
+        if last is not None:
+            g = g[cache.rows[:, 0], last][:, None]
         return self.midlayer.after_attention(g, attended)
+
+    def read(self, features, ids, positions, cache, last):
+        """Step 0: what the target has read since the last round -> h (B, 1, D) of each row's last token, logits (B, 1, V)."""
+        h = self.step(self.fc(features.to(self.fc.weight.dtype)), ids, positions, cache, last)
+        return h, self.logits(h)
+
+    def extend(self, h, ids, positions, cache):
+        """Step k > 0: h (B, 1, D) of step k-1 and the token drafted there (B, 1) -> h, logits."""
+        h = self.step(h, ids, positions, cache)
+        return h, self.logits(h)
 
     @torch.no_grad()
     def propose(self, features, ids, positions, last, coins, sampling, cache):
@@ -186,15 +199,13 @@ class Draft(nn.Module):
         Returns draft_tokens (B, K) int64 and draft_logits (B, K, V), exactly what they were drawn from: -inf where top-k
         and top-p cut, and at the ids that the draft cannot say.
         """
-        row = torch.arange(len(ids), device=ids.device)
-        g = self.fc(features.to(self.fc.weight.dtype))
-        h = self.step(g, ids, positions, cache)[row, last][:, None]  # (B, 1, D)
-        position = positions[row, last][:, None]
+        h, z = self.read(features, ids, positions, cache, last=last)
+        position = positions.gather(1, last[:, None])
         tokens, logits = [], []
         for k in range(coins.shape[1]):
             if k > 0:
-                h = self.step(h, tokens[-1][:, None], position + k, cache)
-            logits.append(sampling.filter(self.logits(h[:, 0])))
+                h, z = self.extend(h, tokens[-1][:, None], position + k, cache)
+            logits.append(sampling.filter(z[:, 0]))
             token = draw(logits[-1], coins[:, k], sampling)
             tokens.append(token if self.vocabulary is None else self.vocabulary[token])
         logits = torch.stack(logits, 1)

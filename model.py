@@ -18,6 +18,7 @@ from torch import nn
 
 
 attend = F.scaled_dot_product_attention
+SPARE = 8  # positions past the last one: a compiled forward may pad its tokens
 
 
 class UserError(Exception):
@@ -48,7 +49,7 @@ class Config:
 
 def add_tables(model, config):
     """Buffers that follow from the configuration: RoPE tables (positions, E), and the ids that are never emitted."""
-    cos, sin = rope_table(config, config.max_position_embeddings)
+    cos, sin = rope_table(config, config.max_position_embeddings + SPARE)
     model.register_buffer("cos", cos, persistent=False)
     model.register_buffer("sin", sin, persistent=False)
     model.register_buffer("suppressed", torch.tensor(config.suppress_tokens, dtype=torch.int64), persistent=False)
@@ -77,11 +78,14 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
-def rope_and_mask(model, positions, dtype):
+def rope_and_mask(model, positions, cache, dtype):
     """What attention must know of tokens at positions (B, T): cos and sin (B, T, 1, E), and the mask (B, 1, T, S) that
-    is added to the scores, 0 at the slots that a token may read and -inf at those of the future."""
+    is added to the scores, 0 at the slots that a token may read and -inf at those of the future.
+
+    S: the slots in use; in a compiled forward, whose shapes are fixed, all that the cache has."""
     cos, sin = model.cos[positions][:, :, None].to(dtype), model.sin[positions][:, :, None].to(dtype)
-    slots = torch.arange(int(positions.max()) + 1, device=positions.device)
+    S = cache.k[0].shape[1] if torch.compiler.is_compiling() else int(positions.max()) + 1
+    slots = torch.arange(S, device=positions.device)
     mask = torch.zeros((), dtype=dtype, device=positions.device).where(slots <= positions[..., None], float("-inf"))
     return cos, sin, mask[:, None]
 
@@ -117,12 +121,16 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def forward(self, x, cos, sin, mask, positions, cache, layer):
+    def forward(self, x, cos, sin, mask, positions, cache, layer, last=None):
+        """x (B, T, width) -> (B, T, D).  last (B,): only the output of each row's token `last` is asked for, (B, 1, D)."""
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
             cache.k[layer][cache.rows, positions] = k
             cache.v[layer][cache.rows, positions] = v
             k, v = cache.k[layer][:, : mask.shape[-1]], cache.v[layer][:, : mask.shape[-1]]
+        if last is not None:
+            row = cache.rows[:, 0]
+            q, mask = q[row, last][:, None], mask[row, :, last][:, :, None]
         out = attend(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
             attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[2] != k.shape[2],
@@ -186,7 +194,7 @@ class Transformer(nn.Module):
         elif cache is None:
             cos, sin = (t[None, : ids.shape[1], None].to(h.dtype) for t in (self.cos, self.sin))
         else:
-            cos, sin, mask = rope_and_mask(self, positions, h.dtype)
+            cos, sin, mask = rope_and_mask(self, positions, cache, h.dtype)
         features = []
         for i, layer in enumerate(self.model.layers):
             if i in self.feature_layers:

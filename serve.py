@@ -7,14 +7,22 @@ position, so the next round writes over what was rejected.
 Letters: B batch rows, T tokens, F features to read, K drafted tokens a round, R rounds, V vocabulary, D hidden width.
 """
 
+import statistics
+import sys
 import time
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
+from types import FunctionType, MethodType
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from draft import FixedLength
+from draft import Draft, FixedLength
+from model import SPARE, Transformer
 from rl import Trace
 from verify import Sampling, accept
 
@@ -167,3 +175,145 @@ def seconds_per_round(target, draft, temperature):
     sweeps = torch.tensor(sweeps[1:], dtype=torch.float64)  # the first one warms up
     share = (sweeps / sweeps.sum(1, keepdim=True)).median(0).values
     return (share * sweeps.sum(1).median() / share.sum()).tolist()
+
+
+# ---- the fast path, chosen once: forwards of fixed shapes, compiled ------------------------------------
+
+ROWS = (1, 5, 9)  # tokens of a compiled forward: plain decoding's, those of up to 4 and of up to 8 drafted tokens
+# Inductor's own products take a quarter of oneDNN's time in bfloat16; in float32 MKL's are faster from a few rows on.
+PACKED = {"freezing": True, "cpp.enable_concat_linear": True}
+OWN_PRODUCTS = {"max_autotune": True, "max_autotune_gemm_backends": "CPP", "autotune_num_choices_displayed": 0}
+
+
+def slots_for(tokens):
+    """Cache slots of compiled forwards that serve so many tokens: few different numbers, so that torch's cache knows them."""
+    return -(-(tokens + SPARE) // 256) * 256
+
+
+@torch.no_grad()
+def compile_forwards(target, drafts, slots, learning=None):
+    """Gives the models forwards that torch.compile made, for one request at a time whose caches have `slots` slots; what else
+    they are asked for (a prompt, a batch, the learner's replay) goes the old way.  Returns None, or in one line why
+    torch cannot compile here; then nothing is changed.
+
+    What never changes has its weights packed into its graphs.  Those of the draft that serves while it is `learning` are
+    arguments of its graphs, so what is published by copying into them serves at once.  Do not copy a model afterwards."""
+    forwards = [(target, "forward", ROWS, None)]  # the last one: the width of what comes with a token besides its id
+    for draft in drafts:
+        if isinstance(draft, Draft):
+            forwards += [(draft, "read", ROWS, draft.fc.in_features), (draft, "extend", ROWS[:1], draft.config.hidden_size)]
+        elif isinstance(draft, Transformer):
+            forwards.append((draft, "forward", ROWS, None))
+    for model, name, _, _ in forwards:
+        setattr(model, name, fixed_shapes(getattr(type(model), name), model, slots))
+        model.new_cache = lambda batch, length, model=model: type(model).new_cache(
+            model, batch, slots if batch == 1 and length + SPARE <= slots else length)
+    try:
+        for model, name, rows, width in tqdm([(m, n, r, w) for m, n, all_rows, w in forwards for r in all_rows], desc="compiling",
+                                             leave=False, disable=None):
+            origin = target if name == "read" else model
+            tokens = [torch.zeros(1, rows, width, dtype=origin.lm_head.weight.dtype)] if width else []
+            last = {"last": torch.tensor([rows - 1])} if name == "read" else {}
+            packed = PACKED | (OWN_PRODUCTS if rows == 1 or model.lm_head.weight.dtype == torch.bfloat16 else {})
+            with torch._inductor.config.patch({} if model is learning else packed):
+                getattr(model, name)(*tokens, torch.zeros(1, rows, dtype=torch.int64), torch.arange(rows)[None], model.new_cache(1, 1), **last)
+    except Exception as error:  # no compiler, or one that fails: torch has many kinds
+        for model, name, _, _ in forwards:
+            vars(model).pop(name)
+            vars(model).pop("new_cache", None)
+        return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def fixed_shapes(function, model, slots):
+    """A method of a model, (tokens (1, T, ..) .., positions (1, T), cache, ..) -> tensors (1, T or 1, ..), with its tokens
+    padded to one of ROWS.  Pads stand behind the others, where a cache holds nothing: what they leave is written over."""
+    # torch keeps graphs with the code, which all models of a class share: a copy of the code keeps them apart.
+    own_code = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    graph = torch.compile(MethodType(own_code, model), fullgraph=True, dynamic=False,
+                          options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
+
+    def forward(*args, **more):
+        *tokens, positions, cache = args if len(args) > 2 else (None, None, None)
+        T = positions.shape[1] if cache and cache.k[0].shape[:2] == (1, slots) else slots
+        rows = next((rows for rows in ROWS if T <= rows), None)
+        if rows is None or torch.is_grad_enabled():
+            return function(model, *args, **more)
+        if rows > T:
+            tokens = [F.pad(x, (0, 0) * (x.ndim - 2) + (0, rows - T)) for x in tokens]
+            positions = positions[:, :1] + torch.arange(rows)
+        return [x[:, :T] for x in graph(*tokens, positions, cache, **more)]
+
+    return forward
+
+
+# ---- python aurora.py --profile: where the time goes ------------------------------------------------------
+
+PARTS = ("target", "draft", "acceptance", "bookkeeping")
+
+
+def profile(target, draft, context, K, rounds=16):
+    """Medians of the seconds that rounds of K drafted tokens spend in each of PARTS, after `context` tokens."""
+    spent, laps = Counter(), []
+
+    def timed(part, function):
+        def run(*args, **more):
+            begun = time.perf_counter()
+            out = function(*args, **more)
+            spent[part] += time.perf_counter() - begun
+            return out
+
+        return run
+
+    generation = Generation(target, draft, [Request([0] * context, LEFT, 0, 0.8)], LONGEST)
+    with ExitStack() as wrappers:
+        for part, owner, name in (("target", target, "forward"), ("target", target, "logits"), ("draft", draft, "propose"),
+                                  ("acceptance", sys.modules[__name__], "accept")):
+            wrappers.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
+        while not generation.done and len(laps) <= rounds:
+            spent.clear()
+            begun = time.perf_counter()
+            generation.round(K)
+            laps.append(dict(spent, bookkeeping=time.perf_counter() - begun - sum(spent.values())))
+    return [statistics.median(lap.get(part, 0.0) for lap in laps[1:]) for part in PARTS]
+
+
+LEFT = 96  # tokens that a profiled request may add to its context
+
+
+def read_bandwidth(size):
+    """Bytes per second at which so many bytes are read and added up: the best of nine times."""
+    buffer, best = torch.ones(size // 4), float("inf")
+    for _ in range(9):
+        begun = time.perf_counter()
+        buffer.sum()
+        best = min(best, time.perf_counter() - begun)
+    return size / best
+
+
+def print_profile(target, draft, compiled):
+    """Where a round goes, how far the target is from the physical floor, and how a round grows with its context."""
+    weight = target.lm_head.weight
+    table = 0 if target.config.tie_word_embeddings else target.model.embed_tokens.weight.numel()  # a row of it is read
+    size = (sum(p.numel() for p in target.parameters()) - table) * weight.element_size()
+    contexts = [c for c in (128, 512, 2048) if c < target.config.max_position_embeddings] + [target.config.max_position_embeddings]
+    contexts = sorted({min(c, target.config.max_position_embeddings - LEFT - 2 * LONGEST - 1) for c in contexts})
+    first = None
+    for context in contexts:
+        tokens = context + LEFT + 2 * LONGEST + 1
+        trouble = compile_forwards(target, [draft], slots_for(tokens), draft) if compiled else None
+        if trouble:
+            print(f"not compiled: {trouble}")
+        caches = [m.new_cache(1, tokens) for m in (target, draft)]
+        held = [sum(x.nbytes for x in c.k + c.v) / 1e6 if hasattr(c, "k") else 0.0 for c in caches]
+        print(f"\ncontext {context}: caches of {held[0]:.1f} MB for the target and {held[1]:.1f} MB for the draft; medians of a round in microseconds")
+        print("K   " + "".join(f"{part:>18s}" for part in PARTS) + "     round  in plain rounds  in target forwards")
+        for K in (0, 1, 2, 4, LONGEST):
+            parts = profile(target, draft, context, K)
+            whole = sum(parts)
+            plain = (whole, parts[0]) if K == 0 else plain
+            first = first or whole
+            print(f"{K:<4d}" + "".join(f"{1e6 * x:12.0f} {x / whole:4.0%}" for x in parts)
+                  + f" {1e6 * whole:10.0f} {whole / plain[0]:16.2f} {whole / plain[1]:19.2f}", flush=True)
+        bandwidth = read_bandwidth(size)
+        print(f"plain decoding: {plain[0] / first:.2f} of its time at the shortest context; the target reads {size / 1e6:.0f} MB of weights a forward "
+              f"at {size / plain[1] / 1e9:.1f} GB/s, {plain[1] * bandwidth / size:.2f} times what reading them alone takes ({bandwidth / 1e9:.1f} GB/s)")

@@ -10,7 +10,9 @@ import gc
 import importlib.util
 import itertools
 import json
+import logging
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -2415,3 +2417,136 @@ def test_bad_checkpoints_are_one_clear_line(checkpoint, hf, tmp_path, message):
     finally:
         if "only 1" in message:
             (hf / "target/tokenizer.json").write_text(json.dumps(inner))
+
+
+# ---- the fast path and the profile: serve.py ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """A target and a draft that learns, compiled, and a second draft; and the same three as they were."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        pytest.skip(f"torch.compile finds no C++ compiler: {error}")
+    def make():
+        target = tiny_target(gain=2.0, num_hidden_layers=7, max_position_embeddings=248)
+        return target, tiny_draft(target, 1), tiny_draft(target, 2)
+
+    models, eager = make(), make()
+    rows, serve.ROWS = serve.ROWS, (5,)  # a graph takes seconds to make
+    logging.getLogger("torch.__trace").disabled = True  # what torch writes there costs pytest minutes
+    try:
+        assert serve.compile_forwards(models[0], models[1:2], serve.slots_for(200), models[1]) is None
+        yield models, eager
+    finally:
+        serve.ROWS = rows
+
+
+def test_compiled_rounds_say_what_eager_rounds_say(compiled):
+    """Greedy: token by token, rounds of every length, until the first near-tie; sampled: with the same coins the same
+    tokens but where a coin lies on a boundary, so nearly all; and replay reproduces what the compiled draft served."""
+    for seed, temperature in ((0, 0.0), (1, 0.0), (2, 0.9), (3, 0.7)):
+        r = request(seed=seed, temperature=temperature, new=60)
+        traces = []
+        for models in compiled:
+            run = Generation(models[0], models[1], [r], 8)
+            list(serve.rounds(run, Changing(4, 0, 1, 3, 8, 0, 0, 2)))
+            traces.append(run.trace(0))
+        fast, plain = traces
+        a, b = fast.ids.tolist(), plain.ids.tolist()
+        first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+        if temperature == 0 and first is not None:
+            top = plain.answer_logits()[first - plain.prompt_length].topk(2).values
+            assert top[0] - top[1] < 1e-4
+        if temperature > 0:
+            assert first is None
+            replayed = rl.replay_rounds(compiled[1][1], fast)
+            log_q = (replayed / temperature).log_softmax(-1).gather(-1, fast.draft_tokens.clamp(min=0)[..., None]).squeeze(-1)
+            real = fast.draft_tokens >= 0
+            torch.testing.assert_close(log_q[real], fast.behaviour_logprobs[real], atol=1e-5, rtol=0)
+
+
+def test_compiled_forwards_pad_their_tokens_up_to_the_end_of_the_context(compiled):
+    """Each number of tokens, and a batch, which is not compiled, up to the last positions that the model knows."""
+    (target, *_), (eager, *_) = compiled
+    slots = serve.slots_for(200)
+    with torch.no_grad():
+        for T, B in ((1, 1), (2, 1), (4, 1), (5, 1), (7, 1), (3, 2)):
+            ids = torch.randint(0, 16, (B, 40 + T), generator=torch.Generator().manual_seed(T))
+            positions = slots - model.SPARE - 40 - T + torch.arange(40 + T).expand(B, -1)
+            results = []
+            for forward in (target, eager):
+                cache = forward.new_cache(B, slots - model.SPARE)
+                forward(ids[:, :40], positions[:, :40], cache)
+                cut = positions[:, 40:]
+                results.append(forward(ids[:, 40:], cut, cache))
+            for x, y in zip(*results):
+                assert x.shape == y.shape
+                assert (x - y).abs().max() < 1e-5 * y.abs().max()
+        assert target.new_cache(1, slots - model.SPARE).k[0].shape[1] == slots
+
+
+def test_what_is_published_serves_at_once(compiled):
+    """Weights that a graph had packed would go stale: the compiled draft must say what its new weights say."""
+    (target, served, _), (eager, before, other) = compiled
+    old = {name: tensor.clone() for name, tensor in served.state_dict().items()}
+    r = request(temperature=0.8, new=30)
+
+    def logits_of(target, draft):
+        run, seen, propose = Generation(target, draft, [r], 4), [], draft.propose
+        draft.propose = lambda *a: (proposed := propose(*a), seen.append(proposed[1]))[0]
+        run.round(), run.round(3)
+        del draft.propose
+        return seen[0]
+
+    stale = logits_of(target, served)
+    served.load_state_dict(other.state_dict())
+    fresh, expected = logits_of(target, served), logits_of(eager, other)
+    served.load_state_dict(old)
+    finite = expected.isfinite()
+    assert (fresh - expected)[finite].abs().max() < 1e-4 and (stale - expected)[finite].abs().max() > 0.1
+
+
+def test_where_torch_cannot_compile_nothing_is_changed(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: refuse)
+    target = tiny_target()
+    draft = tiny_draft(target)
+    before = generate(target, draft, request(), 3)[0].ids
+    assert serve.compile_forwards(target, [draft], 256) == "no compiler"
+    assert not {"forward", "read", "extend", "new_cache"} & (vars(target).keys() | vars(draft).keys())
+    assert torch.equal(generate(target, draft, request(), 3)[0].ids, before)
+
+
+def test_bfloat16_differs_at_near_ties_only(monkeypatch, gap=0.35):
+    """What a compiled bfloat16 target says greedily lies, for the same weights in float32, close to the best."""
+    if not aurora.fast_bfloat16():
+        pytest.skip("this processor has neither AVX512-BF16 nor AMX")
+    monkeypatch.setattr(serve, "ROWS", (1,))
+    logging.getLogger("torch.__trace").disabled = True
+    target = tiny_target(num_hidden_layers=2, dtype=torch.bfloat16)
+    exact = tiny_target(num_hidden_layers=2)
+    exact.load_state_dict(target.state_dict())
+    assert serve.compile_forwards(target, [], 256) is None
+    trace, _ = generate(target, None, request(temperature=0.0, new=80), 0)
+    log_p = exact.logits(exact(trace.ids[None])[0])[0, trace.prompt_length - 1 : -1].log_softmax(-1)
+    said = log_p.gather(-1, trace.ids[trace.prompt_length :, None]).squeeze(-1)
+    assert (log_p.amax(-1) - said).max() < gap
+
+
+def test_the_profile_adds_up_and_leaves_no_trace(capsys):
+    target = tiny_target(max_position_embeddings=256)
+    draft = tiny_draft(target)
+    parts = serve.profile(target, draft, 40, 3)
+    assert len(parts) == len(serve.PARTS) and all(x > 0 for x in parts)
+    assert serve.profile(target, draft, 40, 0)[1] == 0
+    assert not {"forward", "logits", "propose"} & (vars(target).keys() | vars(draft).keys()) and serve.accept is accept
+    serve.print_profile(target, draft, False)
+    lines = capsys.readouterr().out.splitlines()
+    shares = [[int(x) for x in re.findall(r"(\d+)%", line)] for line in lines if line[:1].isdigit()]
+    assert len(shares) >= 5 and all(98 <= sum(row) <= 102 for row in shares), lines
