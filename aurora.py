@@ -83,7 +83,7 @@ def speed_up(target, served, static, requests, learning):
     begun = time.perf_counter()
     longest = max(192, *(len(r.prompt) + r.max_new_tokens for r in requests))  # 192: where rounds are timed
     trouble = compile_forwards(target, [d for d in (served, static) if d], slots_for(longest + 2 * LONGEST + 1), learning)
-    return f"off, torch cannot compile here: {trouble}" if trouble else f"took {time.perf_counter() - begun:.0f} s; less where torch's cache has it"
+    return f"off, torch cannot compile here: {trouble}" if trouble else f"took {time.perf_counter() - begun:.0f} s"
 
 
 def plan(requests, compare):
@@ -291,7 +291,7 @@ def arguments(argv):
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="cpu")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default=argparse.SUPPRESS, help="(default: float32; with --compile bfloat16 where the processor multiplies it)")
-    group.add_argument("--compile", action="store_true", help="compile the forwards first: some minutes, later runs less; pays for long runs")
+    group.add_argument("--compile", action="store_true", help="compile the forwards first, which takes minutes: for long runs")
     group.add_argument("--profile", action="store_true", help="only print where a round's time goes, and how it grows with the context")
     group.add_argument("--threads", type=int, default=0, help="0: one for a target under 50M parameters, else as torch chooses")
     args = parser.parse_args(argv)
