@@ -79,14 +79,12 @@ def cost_class(draft):
     return type(draft), next((p.dtype for p in draft.parameters() if p.requires_grad), None)
 
 
-def speed_up(target, served, static, requests):
-    """--compile.  The static draft never learns, so it may have the target's dtype."""
+def speed_up(target, served, static, requests, learning):
+    """--compile -> what is to be said of it."""
     begun = time.perf_counter()
     longest = max(192, *(len(r.prompt) + r.max_new_tokens for r in requests))  # 192: where rounds are timed
-    if static:
-        static.to(target.lm_head.weight.dtype)
-    trouble = compile_forwards(target, [d for d in (served, static) if d], slots_for(longest + 2 * LONGEST + 1), served)
-    return f"off, torch cannot compile here: {trouble}" if trouble else f"took {time.perf_counter() - begun:.0f} s; less where torch's cache has it"
+    trouble = compile_forwards(target, [d for d in (served, static) if d], slots_for(longest + 2 * LONGEST + 1), learning)
+    return f"off, torch cannot compile here: {trouble}" if trouble else f"took {time.perf_counter() - begun:.0f} s"
 
 
 def plan(requests, compare):
@@ -335,7 +333,7 @@ def arguments(argv):
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="cpu")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default=argparse.SUPPRESS, help="(default: float32; with --compile bfloat16 where the processor multiplies it)")
-    group.add_argument("--compile", action="store_true", help="compile the forwards first: some minutes, later runs less; pays for long runs")
+    group.add_argument("--compile", action="store_true", help="compile the forwards first, which takes minutes: for long runs")
     group.add_argument("--profile", action="store_true", help="only print where a round's time goes, and how it grows with the context")
     group.add_argument("--threads", type=int, default=0, help="0: one for a target under 50M parameters, else as torch chooses")
     args = parser.parse_args(argv)
@@ -596,9 +594,12 @@ def main(argv=None):
     requests = make_requests(pairs or built_in_prompts(args), args, tokenizer, context)
     frozen = getattr(draft, "embed_tokens", None)
     served = copy.deepcopy(draft, {id(frozen): frozen})  # the embedding is the target's own
+    learning = None if args.no_learn and not (args.save or args.export) else served
+    for never in (m for m in (served, static) if args.compile and m and m is not learning):
+        never.to(target.lm_head.weight.dtype)  # who never learns is not replayed, and may have the target's dtype
     if args.profile:
-        return print_profile(target, served, args.compile)
-    compiled = speed_up(target, served, static, requests) if args.compile else ""
+        return print_profile(target, served, args.compile, learning)
+    compiled = speed_up(target, served, static, requests, learning) if args.compile else ""
     if args.prompt is not None:
         return stream(target, tokenizer, served, requests[0], args)
     K = draft_lengths(target, served, static, args)

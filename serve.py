@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import cycle
 from types import FunctionType, MethodType
 from unittest.mock import patch
 
@@ -249,11 +250,14 @@ def fixed_shapes(function, model, slots):
 # ---- python aurora.py --profile: where the time goes ------------------------------------------------------
 
 PARTS = ("target", "draft", "acceptance", "bookkeeping")
+PROFILED = (0, 1, 2, 4, LONGEST)
+LEFT = 96  # tokens that a profiled request adds to its context
 
 
-def profile(target, draft, context, K, rounds=16):
-    """Medians of the seconds that rounds of K drafted tokens spend in each of PARTS, after `context` tokens."""
-    spent, laps = Counter(), []
+def profile(target, draft, context):
+    """{K: medians of the seconds that rounds of K drafted tokens spend in each of PARTS} for K in PROFILED, after `context`
+    tokens.  Rounds take turns, so that all meet the machine in one mood."""
+    spent, laps = Counter(), {K: [] for K in PROFILED}
 
     def timed(part, function):
         def run(*args, **more):
@@ -264,20 +268,21 @@ def profile(target, draft, context, K, rounds=16):
 
         return run
 
-    generation = Generation(target, draft, [Request([0] * context, LEFT, 0, 0.8)], LONGEST)
     with ExitStack() as wrappers:
         for part, owner, name in (("target", target, "forward"), ("target", target, "logits"), ("draft", draft, "propose"),
                                   ("acceptance", sys.modules[__name__], "accept")):
             wrappers.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
-        while not generation.done and len(laps) <= rounds:
-            spent.clear()
-            begun = time.perf_counter()
-            generation.round(K)
-            laps.append(dict(spent, bookkeeping=time.perf_counter() - begun - sum(spent.values())))
-    return [statistics.median(lap.get(part, 0.0) for lap in laps[1:]) for part in PARTS]
-
-
-LEFT = 96  # tokens that a profiled request may add to its context
+        for seed in range(4):
+            generation = Generation(target, draft, [Request([0] * context, LEFT, seed, 0.8)], LONGEST)
+            generation.round(LONGEST)  # the draft reads the prompt
+            for K in cycle(PROFILED):
+                spent.clear()
+                begun = time.perf_counter()
+                generation.round(K)
+                laps[K].append(dict(spent, bookkeeping=time.perf_counter() - begun - sum(spent.values())))
+                if generation.done:  # a finished one would stand still
+                    break
+    return {K: [statistics.median(lap.get(part, 0.0) for lap in rounds) for part in PARTS] for K, rounds in laps.items()}
 
 
 def read_bandwidth(size):
@@ -290,7 +295,7 @@ def read_bandwidth(size):
     return size / best
 
 
-def print_profile(target, draft, compiled):
+def print_profile(target, draft, compiled, learning=None):
     """Where a round goes, how far the target is from the physical floor, and how a round grows with its context."""
     weight = target.lm_head.weight
     table = 0 if target.config.tie_word_embeddings else target.model.embed_tokens.weight.numel()  # a row of it is read
@@ -300,15 +305,14 @@ def print_profile(target, draft, compiled):
     first = None
     for context in contexts:
         tokens = context + LEFT + 2 * LONGEST + 1
-        trouble = compile_forwards(target, [draft], slots_for(tokens), draft) if compiled else None
+        trouble = compile_forwards(target, [draft], slots_for(tokens), learning) if compiled else None
         if trouble:
             print(f"not compiled: {trouble}")
         caches = [m.new_cache(1, tokens) for m in (target, draft)]
         held = [sum(x.nbytes for x in c.k + c.v) / 1e6 if hasattr(c, "k") else 0.0 for c in caches]
         print(f"\ncontext {context}: caches of {held[0]:.1f} MB for the target and {held[1]:.1f} MB for the draft; medians of a round in microseconds")
         print("K   " + "".join(f"{part:>18s}" for part in PARTS) + "     round  in plain rounds  in target forwards")
-        for K in (0, 1, 2, 4, LONGEST):
-            parts = profile(target, draft, context, K)
+        for K, parts in profile(target, draft, context).items():
             whole = sum(parts)
             plain = (whole, parts[0]) if K == 0 else plain
             first = first or whole
