@@ -312,10 +312,11 @@ def print_profile(target, draft, compiled, learning=None):
         held = [sum(x.nbytes for x in c.k + c.v) / 1e6 if hasattr(c, "k") else 0.0 for c in caches]
         print(f"\ncontext {context}: caches of {held[0]:.1f} MB for the target and {held[1]:.1f} MB for the draft; medians of a round in microseconds")
         print("K   " + "".join(f"{part:>18s}" for part in PARTS) + "     round  in plain rounds  in target forwards")
-        for K, parts in profile(target, draft, context).items():
+        laps = profile(target, draft, context)
+        plain = sum(laps[0]), laps[0][0]  # a round with K = 0, and the target's part of it
+        first = first or plain[0]
+        for K, parts in laps.items():
             whole = sum(parts)
-            plain = (whole, parts[0]) if K == 0 else plain
-            first = first or whole
             print(f"{K:<4d}" + "".join(f"{1e6 * x:12.0f} {x / whole:4.0%}" for x in parts)
                   + f" {1e6 * whole:10.0f} {whole / plain[0]:16.2f} {whole / plain[1]:19.2f}", flush=True)
         bandwidth = read_bandwidth(size)
