@@ -69,14 +69,14 @@ def draft_lengths(target, online, static, args):
         return dict.fromkeys(("static", "online"), FixedLength(args.num_speculative_tokens))
     costs = {}
     for draft in filter(None, (online, static)):
-        if cost_class(draft) not in costs:
-            costs[cost_class(draft)] = seconds_per_round(target, draft, args.temperature)
-    return {arm: DraftLength(costs[cost_class(draft)]) for arm, draft in (("static", static), ("online", online)) if draft}
+        if alike(draft, args) not in costs:
+            costs[alike(draft, args)] = seconds_per_round(target, draft, args.temperature)
+    return {arm: DraftLength(costs[alike(draft, args)]) for arm, draft in (("static", static), ("online", online)) if draft}
 
 
-def cost_class(draft):
-    """Drafts for which this is equal take equally long."""
-    return type(draft), next((p.dtype for p in draft.parameters() if p.requires_grad), None)
+def alike(draft, args):
+    """Drafts for which this is equal take equally long; compiled ones are all different."""
+    return id(draft) if args.compile else (type(draft), sum(p.numel() for p in draft.parameters()))
 
 
 def speed_up(target, served, static, requests, learning):
@@ -84,7 +84,9 @@ def speed_up(target, served, static, requests, learning):
     begun = time.perf_counter()
     longest = max(192, *(len(r.prompt) + r.max_new_tokens for r in requests))  # 192: where rounds are timed
     trouble = compile_forwards(target, [d for d in (served, static) if d], slots_for(longest + 2 * LONGEST + 1), learning)
-    return f"off, torch cannot compile here: {trouble}" if trouble else f"took {time.perf_counter() - begun:.0f} s"
+    if trouble:
+        raise UserError(f"--compile: torch cannot compile here ({trouble}); leave it out")
+    return f"took {time.perf_counter() - begun:.0f} s"
 
 
 def plan(requests, compare):
@@ -131,7 +133,7 @@ class Journal:
         self.bar = tqdm(total=total, unit="request", disable=None if total > 1 else True)
 
     def record(self, arm, request, trace, seconds, loss=None, expected_length=None, staleness=None, learn_seconds=0.0):
-        width = (trace.draft_tokens >= 0).sum(1)  # what each round drafted; one of plain decoding has no acceptance length
+        width = (trace.draft_tokens >= 0).sum(1).cpu()  # what each round drafted; one of plain decoding has no acceptance length
         kept = trace.num_accepted[width > 0]
         line = {"arm": arm, "class": request.kind, "seed": request.seed, "draft_version": trace.version,
                 "tokens": min(len(trace.ids) - trace.prompt_length, request.max_new_tokens),
@@ -324,7 +326,7 @@ def arguments(argv):
     group.add_argument("--no-learn", action="store_true")
     group = parser.add_argument_group("measuring and keeping")
     group.add_argument("--compare", action="store_true", help="plain, static and online on the same requests, interleaved")
-    group.add_argument("--held-out", type=int, default=2, metavar="N", help="answers a class of the built-in traffic on which the draft is examined after every update, outside all times; 0 is off")
+    group.add_argument("--held-out", type=int, default=2, metavar="N", help="answers a class on which drafts with weights are examined after every update, outside all times; built-in traffic only; 0 is off")
     group.add_argument("--report", metavar="FILE.json")
     group.add_argument("--log", metavar="FILE.jsonl")
     group.add_argument("--plot", metavar="FILE.png", help="acceptance length over requests (needs matplotlib)")
@@ -351,6 +353,8 @@ def arguments(argv):
         parser.error(f"--temperature must be 0 (greedy) or at least 0.01, got {args.temperature}")
     if not 0 < args.top_p <= 1:
         parser.error(f"--top-p must lie in 0..1 and not be 0, got {args.top_p}")
+    if args.compile and args.num_speculative_tokens != "auto" and args.num_speculative_tokens > LONGEST:
+        parser.error(f"--compile makes graphs for up to {LONGEST} drafted tokens, got --num-speculative-tokens {args.num_speculative_tokens}")
     if args.draft_vocab and args.draft != "scratch":
         parser.error("--draft-vocab goes with --draft scratch: what a draft can say is fixed when it is made")
     if args.draft == "ngram" and (args.save or args.export):
@@ -429,7 +433,7 @@ def built_in_prompts(args, split="traffic", count=None):
         if not texts:
             raise UserError(f"this machine has no text of class {kind}: choose others with --traffic, or give --prompts")
         chance = random.Random(f"{kind} {args.seed}")
-        for text in chance.choices(texts, weights=[len(t) for t in texts], k=count or args.requests):
+        for text in chance.choices(texts, weights=[len(t) for t in texts], k=args.requests if count is None else count):
             start = text.find("\n", chance.randrange(len(text) - 2 * PROMPT_LENGTH)) + 1
             pairs.append((kind, text[start : start + PROMPT_LENGTH] or text[:PROMPT_LENGTH]))
     return pairs
@@ -459,6 +463,13 @@ def make_requests(pairs, args, tokenizer, context):
             raise UserError(f"a prompt of {len(r.prompt)} tokens does not fit: the context of {context} "
                             f"leaves {max(0, room)} beside --max-new-tokens {args.max_new_tokens} and {K} drafted tokens")
     return requests
+
+
+def examined_requests(args, tokenizer, context):
+    try:
+        return make_requests(built_in_prompts(args, "eval", args.held_out), args, tokenizer, context) if args.held_out else []
+    except UserError as error:
+        raise UserError(f"{error}; or leave out the examination on held-out text with --held-out 0") from None
 
 
 def load_models(args):
@@ -545,6 +556,8 @@ def load_learner(directory, target):
     try:
         state = torch.load(beside, map_location="cpu", weights_only=True)
         return draft, {name: state[name] for name in ("optimizers", "weights", "averaged", "updates", "version")}
+    except KeyError as error:
+        raise UserError(f"{beside} lacks {error}: another version wrote it; delete it to go on from the draft alone") from None
     except Exception as error:  # torch raises many kinds for a file that is not its own
         raise UserError(f"{beside} cannot be read ({type(error).__name__})") from None
 
@@ -571,11 +584,12 @@ def facts(target, draft, K, args, requests, compiled):
     count = lambda model: sum(p.numel() for p in model.parameters())
     weights = count(target) * target.lm_head.weight.element_size()
     c, layers = target.config, draft.config.num_hidden_layers
-    size = f"{count(draft) / 1e6:.1f}M parameters in {'one layer' if layers == 1 else f'{layers} layers'}" if count(draft) else "prompt lookup"
+    kept_as = str(next((p.dtype for p in draft.parameters() if p.requires_grad), "")).removeprefix("torch.")
+    size = f"{count(draft) / 1e6:.1f}M parameters in {'one layer' if layers == 1 else f'{layers} layers'}, {kept_as}" if count(draft) else "prompt lookup"
     said = f", {len(draft.vocabulary)} of {c.vocab_size} ids" if draft.vocabulary is not None else ""
     law = f"temperature {args.temperature}" + (f", top-p {args.top_p}" if args.top_p < 1 else "") + (f", top-k {args.top_k}" if args.top_k else "")
     if compiled:
-        no_bfloat16 = "" if fast_bfloat16() else "; float32, as this processor has no products in bfloat16"
+        no_bfloat16 = "" if fast_bfloat16() or args.dtype == "bfloat16" else "; float32, as this processor has no products in bfloat16"
         compiled = f"compile  {compiled}{no_bfloat16}\n"
     print(f"target   {args.target}: {count(target) / 1e6:.1f}M parameters, {c.num_hidden_layers} layers of {c.hidden_size}, "
           f"{args.dtype}, {weights / 1e6:.0f} MB of weights a forward, {args.device}, {torch.get_num_threads()} threads\n"
@@ -592,13 +606,14 @@ def main(argv=None):
     target, tokenizer, draft, static, state = load_models(args)
     context = min(m.config.max_position_embeddings for m in (target, draft, static) if m)
     requests = make_requests(pairs or built_in_prompts(args), args, tokenizer, context)
+    held_out = examined_requests(args, tokenizer, context) if not pairs and all(hasattr(d, "replay") for d in (draft, static) if d) else []
     frozen = getattr(draft, "embed_tokens", None)
     served = copy.deepcopy(draft, {id(frozen): frozen})  # the embedding is the target's own
     learning = None if args.no_learn and not (args.save or args.export) else served
     for never in (m for m in (served, static) if args.compile and m and m is not learning):
-        never.to(target.lm_head.weight.dtype)  # who never learns is not replayed, and may have the target's dtype
+        never.to(target.lm_head.weight.dtype)  # what replay must reproduce stays in float32
     if args.profile:
-        return print_profile(target, served, args.compile, learning)
+        return print_profile(target, served, context, args.compile, learning)
     compiled = speed_up(target, served, static, requests, learning) if args.compile else ""
     if args.prompt is not None:
         return stream(target, tokenizer, served, requests[0], args)
@@ -606,10 +621,8 @@ def main(argv=None):
     learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, min(5, K["online"].longest),
                       reservoir=args.reservoir, scratch=args.draft == "scratch", seed=args.seed)
     learner.restore(state)
-    facts(target, draft, K["online"], args, requests, compiled)
-    exam = None
-    if args.held_out and not pairs and all(hasattr(d, "replay") for d in (served, static) if d):
-        exam = examination(target, make_requests(built_in_prompts(args, "eval", args.held_out), args, tokenizer, context))
+    facts(target, served, K["online"], args, requests, compiled)
+    exam = examination(target, held_out) if held_out else None
     journal, trouble = Journal(args, len(requests), exam and (lambda: exam(served)), exam and static and exam(static)), None
     try:
         aurora(target, served, learner, static, requests, K, args, journal)

@@ -97,8 +97,8 @@ class DraftLength:
                 self.tested[j] = memory * self.tested[j] + reached
 
     def trust(self, acceptance, tests=10.0):
-        """The learner's estimate of the places' acceptance counts as so many tests: it knows the draft that is about to
-        serve, and places that no round has reached.  What was seen of the draft before it counts less."""
+        """The learner's estimate of the places' acceptance counts as so many tests: it knows what the draft has become,
+        and places that no round has reached.  What was seen of the draft before it counts less."""
         for j, a in enumerate(acceptance[: self.longest]):
             self.kept[j] = 0.7 * self.kept[j] + tests * a
             self.tested[j] = 0.7 * self.tested[j] + tests

@@ -89,10 +89,10 @@ def _exclusive_cumprod(a):
     return torch.cat([torch.ones_like(a[:, :1]), a[:, :-1]], dim=1).cumprod(1)
 
 
-def policy_gradient_loss(draft_logits, target_logits, tokens, temperature=1.0, estimator="log", behaviour_logprobs=None):
+def policy_gradient_loss(draft_logits, target_logits, draft_tokens, temperature=1.0, estimator="log", behaviour_logprobs=None):
     """Loss whose negated gradient is the estimator's: an estimate of grad L, or of the gradient of another utility.
 
-    draft_logits (R, K, V) with gradient; target_logits (R, K, V), rows 0..K-1 of the rounds; tokens (R, K) int64, -1
+    draft_logits (R, K, V) with gradient; target_logits (R, K, V), rows 0..K-1 of the rounds; draft_tokens (R, K) int64, -1
     pads; behaviour_logprobs (R, K): their log-probabilities when they were drawn, None if they come from the draft as it
     is now (on-policy), "target" if from the target.  temperature: float, the one that served.
     Returns a scalar, the mean over rounds.  At temperature > 0 `reinforce` and `expected` are unbiased from R = 1 on,
@@ -104,9 +104,9 @@ def policy_gradient_loss(draft_logits, target_logits, tokens, temperature=1.0, e
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}: expected one of {', '.join(ESTIMATORS)}")
     if estimator == "kl":
-        return forward_kl_loss(draft_logits, target_logits, temperature, tokens >= 0)
+        return forward_kl_loss(draft_logits, target_logits, temperature, draft_tokens >= 0)
     behaviour = "draft" if behaviour_logprobs is None else behaviour_logprobs
-    a, alpha, ratio, below = _chain(draft_logits, target_logits, tokens, temperature, behaviour)
+    a, alpha, ratio, below = _chain(draft_logits, target_logits, draft_tokens, temperature, behaviour)
     before = _exclusive_cumprod(a)  # S_{<i}
     if estimator == "reinforce_textbook":
         score = ratio / ratio.detach().clamp(min=1e-30)  # 1, with the gradient of log q wherever q is
@@ -151,9 +151,14 @@ def forward_kl_loss(draft_logits, target_logits, temperature=1.0, real=None):
 def acceptance(draft_logits, target_logits, tokens, temperature=1.0, behaviour_logprobs="target"):
     """The overlap at each place of the chain given that the chain gets there, as far as any token is no pad: (K,) or less.
     1 + the sum of its cumulative product is the acceptance length to expect.  Arguments as above; "target": tokens drawn
-    from the target."""
-    a, alpha, _, _ = _chain(draft_logits, target_logits, tokens, temperature, behaviour_logprobs)
+    from the target.  At temperature 0, where both take their argmax, the share of places at which it is the same."""
     real = tokens >= 0
+    if temperature == 0:
+        own = target_logits.argmax(-1)
+        alpha = ((draft_logits.argmax(-1) == own) & real).float()
+        a = alpha * (tokens == own)  # a chain goes on as far as its tokens are the target's
+    else:
+        a, alpha, _, _ = _chain(draft_logits, target_logits, tokens, temperature, behaviour_logprobs)
     before = (_exclusive_cumprod(a) * real)[:, real.any(0)]
     return (before * alpha[:, real.any(0)]).sum(0) / before.sum(0).clamp(min=1e-9)
 
@@ -317,12 +322,13 @@ class Learner:
         self.draft, self.estimator, self.target_side, self.steps = draft, estimator, target_side, steps
         self.chain, self.places, self.horizon = chain, places, horizon
         self.optimizers = optimizers(draft, lr)
-        self.average = {name: p.detach().clone() for name, p in draft.named_parameters() if p.requires_grad}
+        once = {id(p): p.detach().clone() for p in draft.parameters() if p.requires_grad}
+        self.average = {name: once[id(p)] for name, p in draft.named_parameters(remove_duplicate=False) if id(p) in once}  # tied: two names
         self.averaged = 0 if scratch else 3 * horizon  # steps
         self.recent, self.reservoir, self.size, self.older = deque(maxlen=recent), [], reservoir, 0
         self.updates, self.version, self.published = 0, 0, 0  # traces learned from; newest version; how many it has
         self.generator = torch.Generator().manual_seed(seed)
-        self.acceptance = []  # its estimate, place by place, for the draft as it learned
+        self.acceptance = []  # its estimate, place by place, of the weights before their average: rather too low than too high
 
     def loss(self, trace):
         """-> the loss, with gradient, and the acceptance at each place of the chain (K,).
@@ -348,7 +354,8 @@ class Learner:
     def update(self, trace):
         """Learns from one more trace -> {"loss": its own, "expected_length", "staleness", "learn_seconds"}.
 
-        expected_length: tokens a round to expect of chains of this length, on this answer, before it is learned from.
+        expected_length: tokens a round to expect of chains of this length, on this answer, before it is learned from; of
+        the weights that learn, while their average, which serves, does rather better.
         staleness: versions between the one that served a trace and the newest, mean over the traces learned from.
 
         Raises UserError when a gradient is not finite or the weights have exploded."""
@@ -374,7 +381,7 @@ class Learner:
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            if not all(p.abs().max() < 1e6 for p in self.draft.parameters()):  # far from any weight of use; NaN is not less
+            if not all(-1e6 < x < 1e6 for p in self.draft.parameters() if p.requires_grad for x in p.detach().aminmax()):  # NaN is neither
                 self.diverged("the weights are past a million")
             self.averaged += 1
             for name, p in self.draft.named_parameters():
@@ -417,7 +424,9 @@ class Learner:
     def restore(self, state):
         if state:
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                rate = optimizer.param_groups[0]["lr"]  # this run's, not that of the run that was saved
                 optimizer.load_state_dict(saved)
+                optimizer.param_groups[0]["lr"] = rate
             for name, p in self.draft.named_parameters():
                 if p.requires_grad:
                     p.copy_(state["weights"][name])

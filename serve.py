@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from draft import Draft, FixedLength
-from model import SPARE, Transformer
+from model import SPARE, Transformer, UserError
 from rl import Trace
 from verify import Sampling, accept
 
@@ -282,7 +282,7 @@ def profile(target, draft, context):
                 laps[K].append(dict(spent, bookkeeping=time.perf_counter() - begun - sum(spent.values())))
                 if generation.done:  # a finished one would stand still
                     break
-    return {K: [statistics.median(lap.get(part, 0.0) for lap in rounds) for part in PARTS] for K, rounds in laps.items()}
+    return {K: [statistics.median([lap.get(part, 0.0) for lap in rounds] or [0.0]) for part in PARTS] for K, rounds in laps.items()}
 
 
 def read_bandwidth(size):
@@ -295,15 +295,16 @@ def read_bandwidth(size):
     return size / best
 
 
-def print_profile(target, draft, compiled, learning=None):
-    """Where a round goes, how far the target is from the physical floor, and how a round grows with its context."""
+def print_profile(target, draft, context, compiled, learning=None):
+    """Where a round goes, how far the target is from the physical floor, and how a round grows with its context, up to `context`."""
     weight = target.lm_head.weight
     table = 0 if target.config.tie_word_embeddings else target.model.embed_tokens.weight.numel()  # a row of it is read
     size = (sum(p.numel() for p in target.parameters()) - table) * weight.element_size()
-    contexts = [c for c in (128, 512, 2048) if c < target.config.max_position_embeddings] + [target.config.max_position_embeddings]
-    contexts = sorted({min(c, target.config.max_position_embeddings - LEFT - 2 * LONGEST - 1) for c in contexts})
+    room = context - LEFT - 2 * LONGEST - 1
+    if room < 2:
+        raise UserError(f"--profile needs a context of {context - room + 2} tokens, these models have {context}")
     first = None
-    for context in contexts:
+    for context in sorted({min(c, room) for c in (128, 512, 2048)}):
         tokens = context + LEFT + 2 * LONGEST + 1
         trouble = compile_forwards(target, [draft], slots_for(tokens), learning) if compiled else None
         if trouble:
