@@ -793,14 +793,14 @@ def test_a_resumed_run_learns_at_its_own_rate():
 
 
 def test_greedy_chains_go_on_while_the_argmax_is_the_same():
-    """Three places, two chains of the target's own tokens: both start, one gets to place 2, where it is right, and on to 3,
-    where it is not.  Drafted tokens that were not the target's end their chain, whatever the draft says now."""
-    own = torch.tensor([[1, 2, 3], [2, 2, 0]])
-    said = torch.tensor([[1, 2, 0], [0, 2, 0]])
+    """Three places, three chains.  A place counts if a chain gets there; one whose drafted token was not the target's own does
+    not go on, whatever the draft says now."""
+    own = torch.tensor([[1, 2, 3], [2, 2, 0], [3, 0, 0]])
+    said = torch.tensor([[1, 2, 3], [2, 2, 1], [0, 0, 0]])
     draft, target = (torch.nn.functional.one_hot(x, 5).float() for x in (said, own))
-    assert rl.acceptance(draft, target, own, 0.0).tolist() == [0.5, 1.0, 0.0]
-    drafted = torch.tensor([[1, 4, 3], [0, 2, -1]])
-    assert rl.acceptance(draft, target, drafted, 0.0, torch.zeros(2, 3)).tolist() == [0.5, 1.0, 0.0]
+    torch.testing.assert_close(rl.acceptance(draft, target, own, 0.0), torch.tensor([2 / 3, 1.0, 0.5]))
+    drafted = torch.tensor([[1, 4, 3], [2, 2, -1], [0, 0, 0]])
+    torch.testing.assert_close(rl.acceptance(draft, target, drafted, 0.0, torch.zeros(3, 3)), torch.tensor([2 / 3, 1.0, 0.0]))
 
 
 @pytest.mark.parametrize("scratch", [True, False])
