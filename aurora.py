@@ -381,6 +381,8 @@ def check_outputs(args, parser):
         parser.error("--report, --log and --plot must be different files")
     if args.prompt is not None and (files or args.save or args.export or args.compare):
         parser.error("--prompt only answers: it goes with none of --report, --log, --plot, --save, --export, --compare")
+    if args.profile and (files or args.save or args.export or args.compare or args.prompt is not None or args.prompts is not None):
+        parser.error("--profile only measures: it goes with none of --report, --log, --plot, --save, --export, --compare, --prompt, --prompts")
     for path in files:
         if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
             parser.error(f"cannot write {path}: it is a directory, or the one it should stand in does not exist or is locked")

@@ -1118,6 +1118,7 @@ BAD = {
     "not allowed with": ["--prompt", "x", "--prompts", "y"],
     "only answers": ["--prompt", "x", "--save", "FOLDER"],
     "up to 8 drafted tokens": ["--compile", "--num-speculative-tokens", "9"],
+    "only measures": ["--profile", "--compare"],
     "ends in .png": ["--plot", "picture.xyz"],
     "cannot be read": ["--draft", "HALF"],
 }
