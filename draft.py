@@ -87,7 +87,7 @@ class DraftLength:
         """A round of K drafted tokens took `seconds`; `accepted`: of each row, how many were kept."""
         rates = self.rates()
         if K and rates[0] == max(rates):
-            self.probed += seconds - self.seconds[0]
+            self.probed += seconds * max(0.0, 1 - self.seconds[0] / self.seconds[K])  # a share: machines change their speed
         self.spent += seconds
         for n in accepted if K else ():
             for j in range(self.longest):

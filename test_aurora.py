@@ -466,8 +466,10 @@ def test_the_best_length_is_the_textbooks(cost, best):
     assert chooser.rates() == pytest.approx([(1 - 0.6 ** (K + 1)) / 0.4 / (1 + cost * K) for K in range(13)])
 
 
-def test_a_worthless_draft_costs_only_its_probes_and_a_good_one_is_found_again():
-    """A clock instead of a machine: plain rounds take 1, K drafted tokens 1.2 + 0.1 K."""
+@pytest.mark.parametrize("speed", [1.0, 0.4, 2.5])
+def test_a_worthless_draft_costs_only_its_probes_and_a_good_one_is_found_again(speed):
+    """A clock instead of a machine: plain rounds take 1, K drafted tokens 1.2 + 0.1 K; or all of them as many times as much or
+    as little as when they were timed."""
     seconds = [1.0] + [1.2 + 0.1 * K for K in range(1, 9)]
     chooser, draws = DraftLength(seconds), random.Random(0)
 
@@ -476,7 +478,7 @@ def test_a_worthless_draft_costs_only_its_probes_and_a_good_one_is_found_again()
         while tokens > 0:
             K = chooser.choose()
             n = next((k for k in range(K) if draws.random() > overlap), K)
-            chooser.observe(K, [n], seconds[K])
+            chooser.observe(K, [n], seconds[K] * speed)
             clock, tokens, lengths[K] = clock + seconds[K], tokens - n - 1, lengths[K] + 1
         return clock, lengths
 
