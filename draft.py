@@ -26,7 +26,6 @@ import torch
 from torch import nn
 
 from model import MLP, Attention, Cache, Transformer, UserError, add_tables, fill, load, rope_and_mask
-from verify import inverse_cdf, probabilities
 
 
 class FixedLength:
@@ -125,12 +124,47 @@ class Midlayer(nn.Module):
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
-def draw(logits, coins, sampling):
-    """One token a row: logits (B, V), coins (B,) -> (B,) int64."""
-    return inverse_cdf(probabilities(logits, sampling.temperature), coins)
+class Chain:
+    """Drafts one token after the other, for drafts that can `read` and `extend`."""
+
+    def begin(self, features, ids, positions, cache, last, coins, sampling):
+        """The first token of a round -> h (B, 1, D), and of `draw`: logits (B, 1, V), token and its log-probability (B, 1)."""
+        h, logits = self.read(features, ids, positions, cache, last)
+        return h, *self.draw(logits, coins, sampling)
+
+    def go_on(self, h, ids, positions, cache, coins, sampling):
+        """The next token: h and ids (B, 1) are what the last step returned."""
+        h, logits = self.extend(h, ids, positions, cache)
+        return h, *self.draw(logits, coins, sampling)
+
+    def draw(self, logits, coins, sampling):
+        logits, token, logprob = sampling.draw(logits, coins)
+        return logits, token if self.vocabulary is None else self.vocabulary[token], logprob
+
+    @torch.no_grad()
+    def propose(self, features, ids, positions, last, coins, sampling, cache):
+        """Draft K tokens for every row.
+
+        features (B, T, 3D), ids (B, T), positions (B, T): what the target has read since the last round, each
+            position with the token that follows it.  They overwrite what the draft had put there from its own
+            guesses.  Row b's true entries are 0..last[b]; what comes after is padding and is written over.
+        coins (B, K) float64, one uniform per drafted token; sampling: verify.Sampling of these rows.
+        Returns draft_tokens (B, K) int64, draft_logits (B, K, V), exactly what they were drawn from: -inf where top-k and
+        top-p cut, and at the ids that the draft cannot say, and the tokens' log-probabilities (B, K) float32.
+        """
+        h, *step = self.begin(features, ids, positions, cache, last, coins[:, :1], sampling)
+        steps, position = [step], positions.gather(1, last[:, None])
+        for k in range(1, coins.shape[1]):
+            h, *step = self.go_on(h, steps[-1][1], position + k, cache, coins[:, k : k + 1], sampling)
+            steps.append(step)
+        logits, tokens, logprobs = (torch.cat(x, dim=1) for x in zip(*steps))
+        if self.vocabulary is not None:
+            everything = logits.new_full((*tokens.shape, self.config.vocab_size), float("-inf"))
+            logits = everything.index_copy_(-1, self.vocabulary, logits)
+        return tokens, logits, logprobs
 
 
-class Draft(nn.Module):
+class Draft(Chain, nn.Module):
     def __init__(self, target, config=None, vocabulary=None):
         """Day 0: random weights, the target's embedding (the same memory, frozen) and a copy of its head (trainable).
 
@@ -188,32 +222,6 @@ class Draft(nn.Module):
         h = self.step(h, ids, positions, cache)
         return h, self.logits(h)
 
-    @torch.no_grad()
-    def propose(self, features, ids, positions, last, coins, sampling, cache):
-        """Draft K tokens for every row.
-
-        features (B, T, 3D), ids (B, T), positions (B, T): what the target has read since the last round, each
-            position with the token that follows it.  They overwrite what the draft had put there from its own
-            guesses.  Row b's true entries are 0..last[b]; what comes after is padding and is written over.
-        coins (B, K) float64, one uniform per drafted token; sampling: verify.Sampling of these rows.
-        Returns draft_tokens (B, K) int64 and draft_logits (B, K, V), exactly what they were drawn from: -inf where top-k
-        and top-p cut, and at the ids that the draft cannot say.
-        """
-        h, z = self.read(features, ids, positions, cache, last=last)
-        position = positions.gather(1, last[:, None])
-        tokens, logits = [], []
-        for k in range(coins.shape[1]):
-            if k > 0:
-                h, z = self.extend(h, tokens[-1][:, None], position + k, cache)
-            logits.append(sampling.filter(z[:, 0]))
-            token = draw(logits[-1], coins[:, k], sampling)
-            tokens.append(token if self.vocabulary is None else self.vocabulary[token])
-        logits = torch.stack(logits, 1)
-        if self.vocabulary is not None:
-            everything = logits.new_full((*logits.shape[:2], self.config.vocab_size), float("-inf"))
-            logits = everything.index_copy_(-1, self.vocabulary, logits)
-        return torch.stack(tokens, 1), logits
-
     def replay(self, features, ids, starts, chains):
         """The logits of many rounds at once, with gradient: what `propose` computed, without its cache.
 
@@ -257,7 +265,7 @@ class Draft(nn.Module):
         return Cache(self.config, batch, length, self.fc.weight.device, self.fc.weight.dtype)
 
 
-class SmallModel(Transformer):
+class SmallModel(Chain, Transformer):
     """A small language model with the target's vocabulary.  It needs nothing of the target but the tokens that it read,
     and it learns like the head does: all of it."""
 
@@ -267,21 +275,17 @@ class SmallModel(Transformer):
         super().__init__(config)
         self.feature_layers, self.vocabulary = (), None
 
-    @torch.no_grad()
-    def propose(self, features, ids, positions, last, coins, sampling, cache):
-        """As Draft.propose; features (B, T, 1) are the tokens at `positions`, ids those that follow them."""
-        row = torch.arange(len(ids), device=ids.device)
+    def read(self, features, ids, positions, cache, last):
+        """As Draft.read; features (B, T, 1) are the tokens at `positions`, ids those that follow them."""
         ids = torch.cat([features[:, :1, 0], ids], dim=1)  # the first of them is read a second time, but for the prompt's
-        positions = torch.cat([positions[:, :1], positions + 1], dim=1)
-        h = self(ids, positions, cache)[0][row, last + 1]
-        position = positions[row, last + 1][:, None]
-        tokens, logits = [], []
-        for k in range(coins.shape[1]):
-            if k > 0:
-                h = self(tokens[-1][:, None], position + k, cache)[0][:, 0]
-            logits.append(sampling.filter(self.logits(h)))
-            tokens.append(draw(logits[-1], coins[:, k], sampling))
-        return torch.stack(tokens, 1), torch.stack(logits, 1)
+        hidden, _ = self(ids, torch.cat([positions[:, :1], positions + 1], dim=1), cache)
+        h = hidden[cache.rows[:, 0], last + 1][:, None]
+        return h, self.logits(h)
+
+    def extend(self, h, ids, positions, cache):
+        """As Draft.extend; what it knows of the text is in its cache, so h is not read."""
+        h, _ = self(ids, positions + 1, cache)
+        return h, self.logits(h)
 
     def replay(self, features, ids, starts, chains):
         """As Draft.replay, in one forward of the text and, after it, all the chains.  A drafted token sees the text up to
@@ -317,11 +321,12 @@ class NGram(nn.Module):
         return torch.zeros(batch, length, dtype=torch.int64)  # the text, token by token
 
     def propose(self, features, ids, positions, last, coins, sampling, cache):
-        """As Draft.propose, but outright: no logits; -1 where nothing was found."""
+        """As Chain.propose, but outright: no logits, and a log-probability of 0; -1 where nothing was found."""
         cache[torch.arange(len(ids))[:, None], positions.cpu() + 1] = ids.cpu()
         ends = positions.gather(1, last[:, None])[:, 0].tolist()
         found = [self.lookup(text[1 : end + 2], coins.shape[1]) for text, end in zip(cache, ends)]
-        return torch.stack(found).to(ids.device), None
+        tokens = torch.stack(found).to(ids.device)
+        return tokens, None, torch.zeros(tokens.shape, device=ids.device)
 
     def lookup(self, text, K):
         """(K,) int64.  The latest match counts, and a copy that reaches the end of the text goes on with itself."""

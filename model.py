@@ -206,6 +206,11 @@ class Transformer(nn.Module):
         """Final hidden states (..., D) -> logits (..., V), the suppressed ids at -inf."""
         return self.lm_head(hidden).index_fill_(-1, self.suppressed, float("-inf"))
 
+    def verify(self, ids, positions, cache):
+        """A round's pass, over what was drafted -> final hidden states (B, T, D), features (B, T, 3D), logits (B, T, V)."""
+        hidden, features = self(ids, positions, cache)
+        return hidden, features, self.logits(hidden)
+
     def new_cache(self, batch, length):
         weight = self.lm_head.weight
         return Cache(self.config, batch, length, weight.device, weight.dtype)

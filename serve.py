@@ -7,9 +7,11 @@ position, so the next round writes over what was rejected.
 Letters: B batch rows, T tokens, F features to read, K drafted tokens a round, R rounds, V vocabulary, D hidden width.
 """
 
+import hashlib
 import statistics
 import sys
 import time
+import warnings
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,8 +24,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from draft import Draft, FixedLength
-from model import SPARE, Transformer, UserError
+from draft import Chain, FixedLength
+from model import SPARE, Cache, UserError
 from rl import Trace
 from verify import Sampling, accept
 
@@ -78,23 +80,23 @@ class Generation:
     def round(self, K=None):
         """Draft, verify, commit.  Returns per row (accepted tokens, the target's own token); None if complete."""
         K = self.K if K is None else K
-        length = torch.tensor([len(ids) for ids in self.committed], device=self.device)
         uniforms = torch.stack([torch.rand(2 * K + 1, generator=g, dtype=torch.float64) for g in self.generators])
         uniforms = uniforms.to(self.device)
 
         # Draft.
-        draft_tokens, draft_logits = torch.empty(len(self.requests), 0, dtype=torch.int64, device=self.device), None
+        draft_logits, nothing = None, torch.empty(len(self.requests), 0, device=self.device)
+        draft_tokens, behaviour = nothing.long(), nothing
         if K:
-            draft_tokens, draft_logits = self.draft.propose(*self.fresh(), uniforms[:, :K], self.sampling, self.draft_cache)
+            draft_tokens, draft_logits, behaviour = self.draft.propose(*self.fresh(), uniforms[:, :K], self.sampling, self.draft_cache)
 
-        # Verify: the last committed token and the drafted ones, at positions length-1 .. length-1+K.
+        # Verify: the last committed token and the drafted ones, each where it stands.
+        length = [len(ids) for ids in self.committed]
         last_token = torch.tensor([ids[-1:] for ids in self.committed], device=self.device)
-        positions = (length - 1)[:, None] + torch.arange(K + 1, device=self.device)
+        positions = torch.tensor([list(range(n - 1, n + K)) for n in length], device=self.device)
         block = torch.cat([last_token, draft_tokens.clamp(min=0)], dim=1)  # (B, K+1)
-        hidden, features = self.target(block, positions, self.target_cache)
-        target_logits = self.sampling.filter(self.target.logits(hidden))  # (B, K+1, V)
+        hidden, features, target_logits = self.target.verify(block, positions, self.target_cache)
+        target_logits = self.sampling.filter(target_logits)  # (B, K+1, V)
         num_accepted, next_token = accept(target_logits, draft_logits, draft_tokens, uniforms[:, K:], self.sampling.temperature)
-        behaviour = self.sampling.logprobs(draft_logits, draft_tokens)  # (B, K)
 
         # Commit: nothing is undone, the next round goes on from `length` and writes over what was rejected.
         output = []
@@ -118,11 +120,12 @@ class Generation:
         """What the draft has yet to read, rows padded at their ends: features (B, F, 3D), the token that follows each
         (B, F), their positions, and the index of each row's last one (B,)."""
         features = [torch.cat(u) if len(u) > 1 else u[0] for u in self.unread]
-        ids = [torch.tensor(ids[-len(f) :]) for ids, f in zip(self.committed, features)]
-        last = torch.tensor([len(f) - 1 for f in features])
-        first = torch.tensor([len(ids) for ids in self.committed]) - 2 - last
-        positions = first[:, None] + torch.arange(int(last.max()) + 1)
-        return (pad_sequence(features, batch_first=True), *(x.to(self.device) for x in (pad_sequence(ids, batch_first=True), positions, last)))
+        F = [len(f) for f in features]
+        first = [len(ids) - 1 - n for ids, n in zip(self.committed, F)]
+        ids = [ids[-n:] + [0] * (max(F) - n) for ids, n in zip(self.committed, F)]
+        positions = [list(range(n, n + max(F))) for n in first]
+        last = [n - 1 for n in F]
+        return (pad_sequence(features, batch_first=True), *(torch.tensor(x, device=self.device) for x in (ids, positions, last)))
 
     def trace(self, b, version=0):
         """Rounds that drafted less than the longest one are padded: tokens with -1, the rest with 0."""
@@ -130,7 +133,7 @@ class Generation:
         starts, draft_tokens, behaviour, hidden, features, accepted = zip(*self.rounds[b])
         return Trace(
             ids=torch.tensor(self.committed[b], device=self.device), prompt_length=len(request.prompt),
-            features=torch.cat([self.prompt_features[b], *features]), starts=torch.stack(starts),
+            features=torch.cat([self.prompt_features[b], *features]), starts=torch.tensor(starts, device=self.device),
             draft_tokens=pad_sequence(draft_tokens, batch_first=True, padding_value=-1),
             behaviour_logprobs=pad_sequence(behaviour, batch_first=True),
             target_hidden=pad_sequence(hidden, batch_first=True), head=self.target.logits, num_accepted=torch.tensor(accepted),
@@ -180,8 +183,9 @@ def seconds_per_round(target, draft, temperature):
 
 # ---- the fast path, chosen once: forwards of fixed shapes, compiled ------------------------------------
 
-ROWS = (1, 5, 9)  # tokens of a compiled forward: plain decoding's, those of up to 4 and of up to 8 drafted tokens
-# Inductor's own products take a quarter of oneDNN's time in bfloat16; in float32 MKL's are faster from a few rows on.
+VERIFIED = (9, 5, 1)  # tokens of the target's compiled passes: up to 8 and up to 4 drafted tokens, plain decoding
+# Inductor's own products, of weights packed once, take a quarter of oneDNN's time in bfloat16; in float32 MKL's are faster
+# from a few rows on.
 PACKED = {"freezing": True, "cpp.enable_concat_linear": True}
 OWN_PRODUCTS = {"max_autotune": True, "max_autotune_gemm_backends": "CPP", "autotune_num_choices_displayed": 0}
 
@@ -192,58 +196,80 @@ def slots_for(tokens):
 
 
 @torch.no_grad()
-def compile_forwards(target, drafts, slots, learning=None):
+def compile_forwards(target, drafts, slots, learning=None, cuts=False):
     """Gives the models forwards that torch.compile made, for one request at a time whose caches have `slots` slots; what else
-    they are asked for (a prompt, a batch, the learner's replay) goes the old way.  Returns None, or in one line why
-    torch cannot compile here; then nothing is changed.
+    they are asked for (a prompt, a batch, the learner's replay) goes the old way.  With cuts, top-k or top-p, tokens are
+    drawn outside of the graphs.  Returns None, or in one line why torch cannot compile here; then nothing is changed.
 
     What never changes has its weights packed into its graphs.  Those of the draft that serves while it is `learning` are
     arguments of its graphs, so what is published by copying into them serves at once.  Do not copy a model afterwards."""
-    forwards = [(target, "forward", ROWS, None)]  # the last one: the width of what comes with a token besides its id
+    sampling, coins = Sampling([(1.0, 1.0, 0)]), torch.zeros(1, 1, dtype=torch.float64)
+    forwards = [(target, "verify", rows, [], []) for rows in VERIFIED]  # what comes before a graph's ids, and after its cache
     for draft in drafts:
-        if isinstance(draft, Draft):
-            forwards += [(draft, "read", ROWS, draft.fc.in_features), (draft, "extend", ROWS[:1], draft.config.hidden_size)]
-        elif isinstance(draft, Transformer):
-            forwards.append((draft, "forward", ROWS, None))
-    for model, name, _, _ in forwards:
-        setattr(model, name, fixed_shapes(getattr(type(model), name), model, slots))
+        if isinstance(draft, Chain):
+            like = target.lm_head.weight if draft.feature_layers else torch.zeros(0, dtype=torch.int64)
+            width = draft.fc.in_features if draft.feature_layers else 1
+            h = draft.lm_head.weight.new_zeros(1, 1, draft.config.hidden_size)
+            draws = [] if cuts else [coins, sampling]
+            # Packed products take as long for nine rows as for five.
+            forwards += [(draft, "read" if cuts else "begin", rows, [like.new_zeros(1, rows, width)], [torch.tensor([0]), *draws])
+                         for rows in (VERIFIED[:2] if draft is learning else VERIFIED[:1])]
+            forwards.append((draft, "extend" if cuts else "go_on", 1, [h], draws))
+    for model in {id(m): m for m, *_ in forwards}.values():
         model.new_cache = lambda batch, length, model=model: type(model).new_cache(
             model, batch, slots if batch == 1 and length + SPARE <= slots else length)
+    for model, name, *_ in forwards:
+        vars(model).pop(name, None)
     try:
-        for model, name, rows, width in tqdm([(m, n, r, w) for m, n, all_rows, w in forwards for r in all_rows], desc="compiling",
-                                             leave=False, disable=None):
-            origin = target if name == "read" else model
-            tokens = [torch.zeros(1, rows, width, dtype=origin.lm_head.weight.dtype)] if width else []
-            last = {"last": torch.tensor([rows - 1])} if name == "read" else {}
+        for model, name, rows, before, after in tqdm(forwards, desc="compiling", leave=False, disable=None):
             packed = PACKED | (OWN_PRODUCTS if rows == 1 or model.lm_head.weight.dtype == torch.bfloat16 else {})
-            with torch._inductor.config.patch({} if model is learning else packed):
-                getattr(model, name)(*tokens, torch.zeros(1, rows, dtype=torch.int64), torch.arange(rows)[None], model.new_cache(1, 1), **last)
+            with ExitStack() as settings:
+                if model is not learning:
+                    settings.enter_context(torch._inductor.config.patch(packed))
+                    # Torch keeps graphs for the next start, but not with weights that oneDNN packed, and it would take one
+                    # with other weights of the same shapes for the same graph.
+                    settings.enter_context(warnings.catch_warnings(action="ignore"))
+                    settings.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                    settings.enter_context(torch.compiler.config.patch(cache_key_tag=fingerprint(model)))
+                shape(model, name, rows, slots)(*before, torch.zeros(1, rows, dtype=torch.int64), torch.arange(rows)[None], model.new_cache(1, 1), *after)
     except Exception as error:  # no compiler, or one that fails: torch has many kinds
-        for model, name, _, _ in forwards:
-            vars(model).pop(name)
+        for model, name, *_ in forwards:
+            vars(model).pop(name, None)
             vars(model).pop("new_cache", None)
         return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def fixed_shapes(function, model, slots):
-    """A method of a model, (tokens (1, T, ..) .., positions (1, T), cache, ..) -> tensors (1, T or 1, ..), with its tokens
-    padded to one of ROWS.  Pads stand behind the others, where a cache holds nothing: what they leave is written over."""
+def fingerprint(model):
+    """Of all the model's weights, in hexadecimal."""
+    digest = hashlib.blake2b()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def shape(model, name, rows, slots):
+    """Puts before a model's method (tokens (1, T, ..) .., positions (1, T), cache, ..) -> tensors (1, T or 1, ..) one that
+    takes up to `rows` tokens at a time, padded to that many, through a graph of its own; longer ones it leaves to what was
+    there before.  Pads stand behind the others, where a cache holds nothing: what they leave is written over."""
+    old, function = getattr(model, name), getattr(type(model), name)
     # torch keeps graphs with the code, which all models of a class share: a copy of the code keeps them apart.
     own_code = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    # What fits the graph is looked at here, so torch need not look again.
     graph = torch.compile(MethodType(own_code, model), fullgraph=True, dynamic=False,
-                          options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
+                          options={"guard_filter_fn": lambda guards: [False] * len(guards)})
 
-    def forward(*args, **more):
-        *tokens, positions, cache = args if len(args) > 2 else (None, None, None)
-        T = positions.shape[1] if cache and cache.k[0].shape[:2] == (1, slots) else slots
-        rows = next((rows for rows in ROWS if T <= rows), None)
-        if rows is None or torch.is_grad_enabled():
-            return function(model, *args, **more)
+    def forward(*args):
+        at = next((i for i, x in enumerate(args) if isinstance(x, Cache)), 0)
+        T = args[at - 1].shape[1]
+        if not at or T > rows or args[at].k[0].shape[:2] != (1, slots) or torch.is_grad_enabled() or getattr(args[-1], "cuts", False):
+            return old(*args)
+        *tokens, positions = args[:at]
         if rows > T:
             tokens = [F.pad(x, (0, 0) * (x.ndim - 2) + (0, rows - T)) for x in tokens]
             positions = positions[:, :1] + torch.arange(rows)
-        return [x[:, :T] for x in graph(*tokens, positions, cache, **more)]
+        return [x[:, :T] for x in graph(*tokens, positions, *args[at:])]
 
+    setattr(model, name, forward)
     return forward
 
 
@@ -269,8 +295,7 @@ def profile(target, draft, context):
         return run
 
     with ExitStack() as wrappers:
-        for part, owner, name in (("target", target, "forward"), ("target", target, "logits"), ("draft", draft, "propose"),
-                                  ("acceptance", sys.modules[__name__], "accept")):
+        for part, owner, name in (("target", target, "verify"), ("draft", draft, "propose"), ("acceptance", sys.modules[__name__], "accept")):
             wrappers.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
         for seed in range(4):
             generation = Generation(target, draft, [Request([0] * context, LEFT, seed, 0.8)], LONGEST)

@@ -308,7 +308,7 @@ class Oracle:
     def propose(self, features, ids, positions, last, coins, temperature, cache):
         at = positions[0, last[0]] + 2  # the place after the last committed token
         tokens = self.answer[at : at + coins.shape[1]][None]
-        return torch.where(coins < self.spoil, (tokens + 1) % 16, tokens), torch.zeros(1, coins.shape[1], self.vocabulary)
+        return torch.where(coins < self.spoil, (tokens + 1) % 16, tokens), torch.zeros(1, coins.shape[1], self.vocabulary), torch.zeros(1, coins.shape[1])
 
 
 class RightDraft(Oracle):
@@ -324,7 +324,7 @@ class RightDraft(Oracle):
         K = coins.shape[1]
         assert positions.gather(1, last[:, None]).max() + K - 1 < self.slots
         at = positions.gather(1, last[:, None]) + 2 + torch.arange(K)
-        return self.answer[at], torch.zeros(len(ids), K, 17)
+        return self.answer[at], torch.zeros(len(ids), K, 17), torch.zeros(len(ids), K)
 
 
 @pytest.mark.parametrize("K", [1, 4])
@@ -2015,9 +2015,9 @@ def test_prompt_lookup():
     cache = draft.new_cache(2, 12)  # rows of different lengths: what lies past a row's last token is not text
     sampling = verify.Sampling([(0.0, 1.0, 0)] * 2)
     ids, positions = torch.tensor([[3, 4, 3, 4], [8, 9, 8, 9]]), torch.arange(4).expand(2, -1)
-    tokens, logits = draft.propose(None, ids, positions, torch.tensor([3, 2]), torch.zeros(2, 2), sampling, cache)
-    assert logits is None and tokens.tolist() == [[3, 4], [9, 8]]
-    tokens, _ = draft.propose(None, torch.tensor([[5, -1], [1, 8]]), torch.tensor([[4, 5], [3, 4]]), torch.tensor([0, 1]), torch.zeros(2, 2), sampling, cache)
+    tokens, logits, logprobs = draft.propose(None, ids, positions, torch.tensor([3, 2]), torch.zeros(2, 2), sampling, cache)
+    assert logits is None and not logprobs.any() and tokens.tolist() == [[3, 4], [9, 8]]
+    tokens, _, _ = draft.propose(None, torch.tensor([[5, -1], [1, 8]]), torch.tensor([[4, 5], [3, 4]]), torch.tensor([0, 1]), torch.zeros(2, 2), sampling, cache)
     assert tokens.tolist() == [[-1, -1], [1, 8]]
 
 
@@ -2123,7 +2123,7 @@ def test_the_learner_cuts_as_serving_did(K=3):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(verify.Sampling, "filter", lambda self, logits: (served.append(filters(self, logits)), served[-1])[1])
             trace, _ = generate(target, draft, Request(request().prompt, 40, 0, 0.9, "", top_p, top_k), K)
-        rows = [torch.cat(served[i : i + K]) for i in range(0, len(served), K + 1)], [x[0, :K] for x in served[K :: K + 1]]
+        rows = [torch.cat(served[i : i + K], 1)[0] for i in range(0, len(served), K + 1)], [x[0, :K] for x in served[K :: K + 1]]
         drafted, verified = (torch.stack(x) for x in rows)  # (R, K, V)
         target_logits, _ = rl.target_rows(draft, trace, trace.target_hidden[:, :-1], trace.draft_tokens)
         torch.testing.assert_close(target_logits, verified, atol=1e-5, rtol=0)
@@ -2463,7 +2463,7 @@ def test_bad_checkpoints_are_one_clear_line(checkpoint, hf, tmp_path, message):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """A target, a draft that learns and two that never do, compiled; and the same four as they were."""
+    """A target, a draft that learns and two that never do, the last one in bfloat16, compiled; and the same four as they were."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
@@ -2472,17 +2472,16 @@ def compiled():
         pytest.skip(f"torch.compile finds no C++ compiler: {error}")
     def make():
         target = tiny_target(gain=2.0, num_hidden_layers=7, max_position_embeddings=248)
-        return target, *(tiny_draft(target, seed) for seed in (1, 2, 3))
+        return target, tiny_draft(target, 1), tiny_draft(target, 2), tiny_draft(target, 3).bfloat16()
 
     models, eager = make(), make()
-    rows, serve.ROWS = serve.ROWS, (5,)  # a graph takes seconds to make
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(serve, "VERIFIED", (9,))  # a graph takes seconds to make
     logging.getLogger("torch.__trace").disabled = True  # what torch writes there costs pytest minutes
-    try:
-        packed_first = [*models[2:], models[1]]  # if graphs were shared, those of the others would serve the one that learns
-        assert serve.compile_forwards(models[0], packed_first, serve.slots_for(200), models[1]) is None
-        yield models, eager
-    finally:
-        serve.ROWS = rows
+    packed_first = [*models[2:], models[1]]  # if graphs were shared, those of the others would serve the one that learns
+    assert serve.compile_forwards(models[0], packed_first, serve.slots_for(200), models[1]) is None
+    monkeypatch.undo()
+    return models, eager
 
 
 def test_compiled_rounds_say_what_eager_rounds_say(compiled):
@@ -2514,18 +2513,18 @@ def test_compiled_forwards_pad_their_tokens_up_to_the_end_of_the_context(compile
     (target, *_), (eager, *_) = compiled
     slots = serve.slots_for(200)
     with torch.no_grad():
-        for T, B in ((1, 1), (2, 1), (4, 1), (5, 1), (7, 1), (3, 2)):
+        for T, B in ((1, 1), (2, 1), (5, 1), (6, 1), (9, 1), (10, 1), (3, 2)):
             ids = torch.randint(0, 16, (B, 40 + T), generator=torch.Generator().manual_seed(T))
             positions = slots - model.SPARE - 40 - T + torch.arange(40 + T).expand(B, -1)
             results = []
-            for forward in (target, eager):
-                cache = forward.new_cache(B, slots - model.SPARE)
-                forward(ids[:, :40], positions[:, :40], cache)
-                cut = positions[:, 40:]
-                results.append(forward(ids[:, 40:], cut, cache))
+            for m in (target, eager):
+                cache = m.new_cache(B, slots - model.SPARE)
+                m(ids[:, :40], positions[:, :40], cache)
+                results.append(m.verify(ids[:, 40:], positions[:, 40:], cache))
             for x, y in zip(*results):
-                assert x.shape == y.shape
-                assert (x - y).abs().max() < 1e-5 * y.abs().max()
+                finite = y.isfinite()
+                assert x.shape == y.shape and torch.equal(x.isfinite(), finite)
+                assert (x - y)[finite].abs().max() < 1e-5 * y[finite].abs().max()
         assert target.new_cache(1, slots - model.SPARE).k[0].shape[1] == slots
 
 
@@ -2548,9 +2547,30 @@ def test_what_is_published_serves_at_once(compiled):
     fresh, expected = logits_of(target, served), logits_of(eager, other)
     served.load_state_dict(old)
     finite = expected.isfinite()
-    for packed, twin in zip(fixed, (other, third)):
-        assert (logits_of(target, packed) - logits_of(eager, twin))[finite].abs().max() < 1e-4
+    for packed, twin, error in zip(fixed, (other, third), (1e-4, 0.05)):
+        assert (logits_of(target, packed) - logits_of(eager, twin))[finite].abs().max() < error
     assert (fresh - expected)[finite].abs().max() < 1e-4 and (stale - expected)[finite].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("cuts", [False, True])
+def test_a_compiled_draft_draws_from_the_logits_that_it_returns(compiled, cuts, monkeypatch):
+    """In bfloat16 a graph may compute one thing and write down another, rounded; acceptance is lossless only if the token
+    was drawn from what is written down.  And requests with cuts get theirs from graphs that were made without, and with."""
+    target, draft = compiled[0][0], compiled[0][3]
+    if cuts:
+        monkeypatch.setattr(serve, "VERIFIED", (9,))
+        draft = tiny_draft(target, 4).bfloat16()
+        assert serve.compile_forwards(target, [draft], serve.slots_for(200), cuts=True) is None
+    ids, positions, last = torch.randint(0, 16, (1, 5)), torch.arange(5)[None], torch.tensor([4])
+    for law in ((0.8, 1.0, 0), (0.0, 1.0, 0), (0.8, 0.6, 0), (1.3, 0.9, 5)):
+        sampling = verify.Sampling([law])
+        for _ in range(40):
+            features, coins = torch.randn(1, 5, draft.fc.in_features), torch.rand(1, 8, dtype=torch.float64)
+            tokens, logits, logprobs = draft.propose(features, ids, positions, last, coins, sampling, draft.new_cache(1, 50))
+            p = verify.probabilities(logits, sampling.temperature[:, None])
+            assert torch.equal(tokens, verify.inverse_cdf(p, coins))
+            torch.testing.assert_close(p.gather(-1, tokens[..., None])[..., 0].log().float(), logprobs)
+            assert law[0] == 0 or law[1] == 1 or logits[..., :16].isinf().any()
 
 
 def test_where_torch_cannot_compile_nothing_is_changed(monkeypatch):
@@ -2562,7 +2582,7 @@ def test_where_torch_cannot_compile_nothing_is_changed(monkeypatch):
     draft = tiny_draft(target)
     before = generate(target, draft, request(), 3)[0].ids
     assert serve.compile_forwards(target, [draft], 256) == "no compiler"
-    assert not {"forward", "read", "extend", "new_cache"} & (vars(target).keys() | vars(draft).keys())
+    assert not {"verify", "begin", "go_on", "new_cache"} & (vars(target).keys() | vars(draft).keys())
     assert torch.equal(generate(target, draft, request(), 3)[0].ids, before)
 
 
@@ -2570,7 +2590,7 @@ def test_bfloat16_differs_at_near_ties_only(monkeypatch, gap=0.35):
     """What a compiled bfloat16 target says greedily lies, for the same weights in float32, close to the best."""
     if not aurora.fast_bfloat16():
         pytest.skip("this processor has neither AVX512-BF16 nor AMX")
-    monkeypatch.setattr(serve, "ROWS", (1,))
+    monkeypatch.setattr(serve, "VERIFIED", (1,))
     logging.getLogger("torch.__trace").disabled = True
     target = tiny_target(num_hidden_layers=2, dtype=torch.bfloat16)
     exact = tiny_target(num_hidden_layers=2)
@@ -2587,7 +2607,7 @@ def test_the_profile_adds_up_and_leaves_no_trace(capsys):
     draft = tiny_draft(target)
     rounds = serve.profile(target, draft, 40)
     assert rounds[0][1] == 0 and all(len(parts) == len(serve.PARTS) and min(parts) > 0 for K, parts in rounds.items() if K)
-    assert not {"forward", "logits", "propose"} & (vars(target).keys() | vars(draft).keys()) and serve.accept is accept
+    assert not {"verify", "propose"} & (vars(target).keys() | vars(draft).keys()) and serve.accept is accept
     serve.print_profile(target, draft, target.config.max_position_embeddings, False)
     lines = capsys.readouterr().out.splitlines()
     shares = [[int(x) for x in re.findall(r"(\d+)%", line)] for line in lines if line[:1].isdigit()]

@@ -92,14 +92,13 @@ class Sampling:
         """(B, ..., V) -> the same, -inf where a row's top-k and top-p cut."""
         return keep_top(logits, self.temperature, self.top_p, self.top_k) if self.cuts else logits
 
-    def logprobs(self, logits, tokens):
-        """log probabilities (B, K) of tokens (B, K) under filtered logits (B, K, V); 0, certain, if they were proposed
-        outright (logits None) or at temperature 0."""
-        if logits is None:
-            return torch.zeros(tokens.shape, device=tokens.device)
-        temperature = self.temperature[:, None].float()
-        z = logits.float() / torch.where(temperature > 0, temperature, 1.0)[..., None]
-        return (z.gather(-1, tokens[..., None]).squeeze(-1) - z.logsumexp(-1)) * (temperature > 0)
+    def draw(self, logits, coins):
+        """A token for each place: logits (B, T, V), coins (B, T) -> the logits that it is drawn from, filtered, the token
+        (B, T) int64 and its log-probability (B, T) float32: 0, certain, at temperature 0."""
+        logits = self.filter(logits)
+        p = probabilities(logits, self.temperature[:, None])
+        token = inverse_cdf(p, coins)
+        return logits, token, p.gather(-1, token[..., None]).squeeze(-1).log().float()
 
 
 class NoDistribution(ValueError):
