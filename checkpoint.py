@@ -315,7 +315,7 @@ def bench(args):
 
     A ratio is taken within a turn, where the arms follow one another; what is printed is the median of the turns."""
     from aurora import find_draft
-    from serve import Request, generate
+    from serve import LONGEST, Request, compile_forwards, generate, slots_for
 
     transformers = need("transformers")
     dtype, K = getattr(torch, args.dtype), args.num_speculative_tokens
@@ -333,6 +333,10 @@ def bench(args):
         assistant.generation_config.update(
             eos_token_id=None, num_assistant_tokens=K, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0)
         assisted = {"assistant_model": assistant}
+
+    trouble = compile_forwards(target, [draft], slots_for(128 + args.max_new_tokens + 2 * LONGEST + 1)) if args.compile else None
+    if trouble:
+        raise UserError(f"--compile: torch cannot compile here ({trouble}); leave it out")
 
     lines = filter(None, Path(args.prompts).read_text(encoding="utf-8").split("\n"))
     prompts = [ids for ids in (tokenizer.encode(line)[:128] for line in lines) if len(ids) > 8]
@@ -364,7 +368,8 @@ def bench(args):
               ("ours speculative", "theirs plain"), ("theirs assisted", "theirs plain"))
     rows = {f"{name}, tokens/s": values for name, values in speeds.items()}
     rows |= {f"{a} / {b}": [x / y for x, y in zip(speeds[a], speeds[b])] for a, b in ratios if {a, b} <= set(arms)}
-    print(f"{args.checkpoint}, draft {args.draft}, K = {K}, {args.dtype}, {torch.get_num_threads()} threads, {args.turns} turns of "
+    how = f"{args.dtype}, ours compiled" if args.compile else args.dtype
+    print(f"{args.checkpoint}, draft {args.draft}, K = {K}, {how}, {torch.get_num_threads()} threads, {args.turns} turns of "
           f"{args.max_new_tokens} tokens, greedy; acceptance length {sum(acceptance) / len(acceptance):.2f}; answers differ in {differ} turns")
     for name, values in rows.items():
         low, median, high = torch.tensor(values).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
@@ -383,6 +388,7 @@ def main(argv=None):
     parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--prompts", metavar="FILE", default=Path(__file__).with_name("README.md"), help="a prompt a line")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="ours")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -2178,7 +2178,7 @@ def test_a_trace_is_small_whatever_the_vocabulary(K=4):
     def per_token(D, V):
         target = tiny_target(hidden_size=D, vocab_size=V, suppress_tokens=(), bos_token_id=None)
         draft = RightDraft(torch.zeros(0, dtype=torch.int64))
-        draft.propose = lambda features, ids, positions, last, coins, *_: (torch.zeros(1, K, dtype=torch.int64), one_hot)
+        draft.propose = lambda features, ids, positions, last, coins, *_: (torch.zeros(1, K, dtype=torch.int64), one_hot, torch.zeros(1, K))
         one_hot = torch.full((1, K, V), -1e9).index_fill_(-1, torch.tensor([0]), 0.0)
         with torch.no_grad():
             target.lm_head.weight[0] = 0  # with logits that vary, the target hardly ever says 0
