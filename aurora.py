@@ -613,8 +613,8 @@ def main(argv=None):
     frozen = getattr(draft, "embed_tokens", None)
     served = copy.deepcopy(draft, {id(frozen): frozen})  # the embedding is the target's own
     learning = None if args.no_learn and not (args.save or args.export) else served
-    for never in (m for m in (served, static) if args.compile and m and m is not learning):
-        never.to(target.lm_head.weight.dtype)  # what replay must reproduce stays in float32
+    for serves in (m for m in (served, static) if args.compile and m):
+        serves.to(target.lm_head.weight.dtype)
     if args.profile:
         return print_profile(target, served, context, args.compile, learning)
     compiled = speed_up(target, served, static, requests, learning) if args.compile else ""

@@ -211,9 +211,8 @@ def compile_forwards(target, drafts, slots, learning=None, cuts=False):
             width = draft.fc.in_features if draft.feature_layers else 1
             h = draft.lm_head.weight.new_zeros(1, 1, draft.config.hidden_size)
             draws = [] if cuts else [coins, sampling]
-            # Packed products take as long for nine rows as for five.
             forwards += [(draft, "read" if cuts else "begin", rows, [like.new_zeros(1, rows, width)], [torch.tensor([0]), *draws])
-                         for rows in (VERIFIED[:2] if draft is learning else VERIFIED[:1])]
+                         for rows in (VERIFIED[:2] if draft is learning else VERIFIED[:1])]  # packed, nine are as fast as five
             forwards.append((draft, "extend" if cuts else "go_on", 1, [h], draws))
     for model in {id(m): m for m, *_ in forwards}.values():
         model.new_cache = lambda batch, length, model=model: type(model).new_cache(
@@ -222,10 +221,13 @@ def compile_forwards(target, drafts, slots, learning=None, cuts=False):
         vars(model).pop(name, None)
     try:
         for model, name, rows, before, after in tqdm(forwards, desc="compiling", leave=False, disable=None):
-            packed = PACKED | (OWN_PRODUCTS if rows == 1 or model.lm_head.weight.dtype == torch.bfloat16 else {})
             with ExitStack() as settings:
-                if model is not learning:
-                    settings.enter_context(torch._inductor.config.patch(packed))
+                if model is learning:
+                    settings.enter_context(patch.dict(torch._inductor.decomposition.decompositions, {torch.ops.aten.mm.default: one_row}))
+                    settings.enter_context(torch.compiler.config.patch(cache_key_tag="one_row"))
+                else:
+                    own = rows == 1 or model.lm_head.weight.dtype == torch.bfloat16
+                    settings.enter_context(torch._inductor.config.patch(PACKED | (OWN_PRODUCTS if own else {})))
                     # Torch keeps graphs for the next start, but not with weights that oneDNN packed, and it would take one
                     # with other weights of the same shapes for the same graph.
                     settings.enter_context(warnings.catch_warnings(action="ignore"))
@@ -237,6 +239,11 @@ def compile_forwards(target, drafts, slots, learning=None, cuts=False):
             vars(model).pop(name, None)
             vars(model).pop("new_cache", None)
         return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def one_row(x, weight):
+    """The product of one row, x (1, in) and weight (in, out), as a loop over weights as they lie in memory."""
+    return (x.T * weight).sum(0, keepdim=True) if x.shape[0] == 1 else NotImplemented
 
 
 def fingerprint(model):
