@@ -536,10 +536,10 @@ def lowest_ids(config, N):
     return torch.tensor(sorted(list(first)[:N]))
 
 
-def save_learner(directory, served, learner):
+def save_learner(directory, served, learned, learner):
     """v000123/draft.pt, the learner's state beside it, then `latest`: what `latest` names is always whole."""
     name = f"v{learner.version:06d}"
-    save(Path(directory) / name / "draft.pt", served.config, served.state_dict(), {"version": learner.version, "kind": served.kind})
+    save(Path(directory) / name / "draft.pt", served.config, learned, {"version": learner.version, "kind": served.kind})
     torch.save(learner.state(), f"{directory}/learner.new")
     Path(f"{directory}/learner.new").replace(f"{directory}/{name}.learner.pt")
     Path(f"{directory}/latest.new").write_text(name + "\n")
@@ -610,7 +610,7 @@ def main(argv=None):
     context = min(m.config.max_position_embeddings for m in (target, draft, static) if m)
     requests = make_requests(pairs or built_in_prompts(args), args, tokenizer, context)
     held_out = examined_requests(args, tokenizer, context) if not pairs and all(hasattr(d, "replay") for d in (draft, static) if d) else []
-    frozen = getattr(draft, "embed_tokens", None)
+    frozen = None if getattr(draft, "own_embedding", True) else draft.embed_tokens
     served = copy.deepcopy(draft, {id(frozen): frozen})  # the embedding is the target's own
     learning = None if args.no_learn and not (args.save or args.export) else served
     for serves in (m for m in (served, static) if args.compile and m):
@@ -635,14 +635,14 @@ def main(argv=None):
         trouble = error
     journal.close()
     journal.print()
+    learned = served.state_dict() if trouble else learner.publish()  # in trouble, what served last
     if args.save:
-        if not trouble:  # else what served last
-            served.load_state_dict(learner.publish())
-        save_learner(args.save, served, learner)
+        save_learner(args.save, served, learned, learner)
     if args.export:
         import checkpoint
 
-        print(checkpoint.export_draft(served, args.export, args.draft, min(5, K["online"].longest)))
+        draft.load_state_dict(learned)
+        print(checkpoint.export_draft(draft, args.export, args.draft, min(5, K["online"].longest)))
     if args.report:
         config = vars(args) | {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
         Path(args.report).write_text(json.dumps({"config": config, "classes": journal.report()} | journal.examinations(), indent=1) + "\n")

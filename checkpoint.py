@@ -334,6 +334,8 @@ def bench(args):
             eos_token_id=None, num_assistant_tokens=K, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0)
         assisted = {"assistant_model": assistant}
 
+    if args.compile and K > LONGEST:
+        raise UserError(f"--compile makes graphs for up to {LONGEST} drafted tokens, got --num-speculative-tokens {K}")
     trouble = compile_forwards(target, [draft], slots_for(128 + args.max_new_tokens + 2 * LONGEST + 1)) if args.compile else None
     if trouble:
         raise UserError(f"--compile: torch cannot compile here ({trouble}); leave it out")
@@ -388,7 +390,7 @@ def main(argv=None):
     parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--prompts", metavar="FILE", default=Path(__file__).with_name("README.md"), help="a prompt a line")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--compile", action="store_true", help="ours")
+    parser.add_argument("--compile", action="store_true", help="our forwards")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

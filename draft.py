@@ -125,7 +125,7 @@ class Midlayer(nn.Module):
 
 
 class Chain:
-    """Drafts one token after the other, for drafts that can `read` and `extend`."""
+    """Drafts one token after the other, for drafts that can `read` and `extend`; they have a config and a vocabulary."""
 
     def begin(self, features, ids, positions, cache, last, coins, sampling):
         """The first token of a round -> h (B, 1, D), and of `draw`: logits (B, 1, V), token and its log-probability (B, 1)."""

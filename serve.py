@@ -8,6 +8,7 @@ Letters: B batch rows, T tokens, F features to read, K drafted tokens a round, R
 """
 
 import hashlib
+import inspect
 import statistics
 import sys
 import time
@@ -120,11 +121,11 @@ class Generation:
         """What the draft has yet to read, rows padded at their ends: features (B, F, 3D), the token that follows each
         (B, F), their positions, and the index of each row's last one (B,)."""
         features = [torch.cat(u) if len(u) > 1 else u[0] for u in self.unread]
-        F = [len(f) for f in features]
-        first = [len(ids) - 1 - n for ids, n in zip(self.committed, F)]
-        ids = [ids[-n:] + [0] * (max(F) - n) for ids, n in zip(self.committed, F)]
-        positions = [list(range(n, n + max(F))) for n in first]
-        last = [n - 1 for n in F]
+        lengths = [len(f) for f in features]
+        longest, first = max(lengths), [len(ids) - 1 - n for ids, n in zip(self.committed, lengths)]
+        ids = [ids[-n:] + [0] * (longest - n) for ids, n in zip(self.committed, lengths)]
+        positions = [list(range(start, start + longest)) for start in first]
+        last = [n - 1 for n in lengths]
         return (pad_sequence(features, batch_first=True), *(torch.tensor(x, device=self.device) for x in (ids, positions, last)))
 
     def trace(self, b, version=0):
@@ -183,7 +184,7 @@ def seconds_per_round(target, draft, temperature):
 
 # ---- the fast path, chosen once: forwards of fixed shapes, compiled ------------------------------------
 
-VERIFIED = (9, 5, 1)  # tokens of the target's compiled passes: up to 8 and up to 4 drafted tokens, plain decoding
+ROWS = (9, 5, 1)  # tokens of a compiled pass: those of up to 8 and of up to 4 drafted tokens, plain decoding's
 # Inductor's own products, of weights packed once, take a quarter of oneDNN's time in bfloat16; in float32 MKL's are faster
 # from a few rows on.
 PACKED = {"freezing": True, "cpp.enable_concat_linear": True}
@@ -199,12 +200,13 @@ def slots_for(tokens):
 def compile_forwards(target, drafts, slots, learning=None, cuts=False):
     """Gives the models forwards that torch.compile made, for one request at a time whose caches have `slots` slots; what else
     they are asked for (a prompt, a batch, the learner's replay) goes the old way.  With cuts, top-k or top-p, tokens are
-    drawn outside of the graphs.  Returns None, or in one line why torch cannot compile here; then nothing is changed.
+    drawn outside of the graphs.  Returns None, or in one line why torch cannot compile here; then nothing is compiled.
 
     What never changes has its weights packed into its graphs.  Those of the draft that serves while it is `learning` are
-    arguments of its graphs, so what is published by copying into them serves at once.  Do not copy a model afterwards."""
+    arguments of its graphs, so what is published by copying into them serves at once.  Do not copy or cast a model
+    afterwards, nor change the others' weights or the target's feature_layers."""
     sampling, coins = Sampling([(1.0, 1.0, 0)]), torch.zeros(1, 1, dtype=torch.float64)
-    forwards = [(target, "verify", rows, [], []) for rows in VERIFIED]  # what comes before a graph's ids, and after its cache
+    forwards = [(target, "verify", rows, [], []) for rows in ROWS]  # what comes before a graph's ids, and after its cache
     for draft in drafts:
         if isinstance(draft, Chain):
             like = target.lm_head.weight if draft.feature_layers else torch.zeros(0, dtype=torch.int64)
@@ -212,33 +214,40 @@ def compile_forwards(target, drafts, slots, learning=None, cuts=False):
             h = draft.lm_head.weight.new_zeros(1, 1, draft.config.hidden_size)
             draws = [] if cuts else [coins, sampling]
             forwards += [(draft, "read" if cuts else "begin", rows, [like.new_zeros(1, rows, width)], [torch.tensor([0]), *draws])
-                         for rows in (VERIFIED[:2] if draft is learning else VERIFIED[:1])]  # packed, nine are as fast as five
+                         for rows in (ROWS[:2] if draft is learning else ROWS[:1])]  # packed, nine are as fast as five
             forwards.append((draft, "extend" if cuts else "go_on", 1, [h], draws))
-    for model in {id(m): m for m, *_ in forwards}.values():
+    models = {id(m): m for m, *_ in forwards}.values()
+    release(models)
+    for model in models:
         model.new_cache = lambda batch, length, model=model: type(model).new_cache(
             model, batch, slots if batch == 1 and length + SPARE <= slots else length)
-    for model, name, *_ in forwards:
-        vars(model).pop(name, None)
+    weights = {id(m): fingerprint(m) for m in models if m is not learning}
     try:
         for model, name, rows, before, after in tqdm(forwards, desc="compiling", leave=False, disable=None):
             with ExitStack() as settings:
                 if model is learning:
-                    settings.enter_context(patch.dict(torch._inductor.decomposition.decompositions, {torch.ops.aten.mm.default: one_row}))
-                    settings.enter_context(torch.compiler.config.patch(cache_key_tag="one_row"))
+                    table = torch._inductor.decomposition.fast_random_decomps()  # which torch does not take for a part of the graph
+                    settings.enter_context(patch.dict(table, {torch.ops.aten.mm.default: one_row}))
+                    settings.enter_context(torch.compiler.config.patch(cache_key_tag=inspect.getsource(one_row)))
                 else:
                     own = rows == 1 or model.lm_head.weight.dtype == torch.bfloat16
                     settings.enter_context(torch._inductor.config.patch(PACKED | (OWN_PRODUCTS if own else {})))
                     # Torch keeps graphs for the next start, but not with weights that oneDNN packed, and it would take one
                     # with other weights of the same shapes for the same graph.
-                    settings.enter_context(warnings.catch_warnings(action="ignore"))
+                    settings.enter_context(warnings.catch_warnings(action="ignore", category=UserWarning))
                     settings.enter_context(torch.backends.mkldnn.flags(enabled=False))
-                    settings.enter_context(torch.compiler.config.patch(cache_key_tag=fingerprint(model)))
-                shape(model, name, rows, slots)(*before, torch.zeros(1, rows, dtype=torch.int64), torch.arange(rows)[None], model.new_cache(1, 1), *after)
+                    settings.enter_context(torch.compiler.config.patch(cache_key_tag=weights[id(model)]))
+                through_graph(model, name, rows, slots)(*before, torch.zeros(1, rows, dtype=torch.int64), torch.arange(rows)[None], model.new_cache(1, 1), *after)
     except Exception as error:  # no compiler, or one that fails: torch has many kinds
-        for model, name, *_ in forwards:
-            vars(model).pop(name, None)
-            vars(model).pop("new_cache", None)
+        release(models)
         return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def release(models):
+    """Their methods are their classes' again."""
+    for model in models:
+        for name in ("verify", "begin", "go_on", "read", "extend", "new_cache"):
+            vars(model).pop(name, None)
 
 
 def one_row(x, weight):
@@ -254,11 +263,11 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
-def shape(model, name, rows, slots):
+def through_graph(model, name, rows, slots):
     """Puts before a model's method (tokens (1, T, ..) .., positions (1, T), cache, ..) -> tensors (1, T or 1, ..) one that
     takes up to `rows` tokens at a time, padded to that many, through a graph of its own; longer ones it leaves to what was
     there before.  Pads stand behind the others, where a cache holds nothing: what they leave is written over."""
-    old, function = getattr(model, name), getattr(type(model), name)
+    old, function, dtype = getattr(model, name), getattr(type(model), name), model.lm_head.weight.dtype
     # torch keeps graphs with the code, which all models of a class share: a copy of the code keeps them apart.
     own_code = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
     # What fits the graph is looked at here, so torch need not look again.
@@ -266,9 +275,11 @@ def shape(model, name, rows, slots):
                           options={"guard_filter_fn": lambda guards: [False] * len(guards)})
 
     def forward(*args):
-        at = next((i for i, x in enumerate(args) if isinstance(x, Cache)), 0)
-        T = args[at - 1].shape[1]
-        if not at or T > rows or args[at].k[0].shape[:2] != (1, slots) or torch.is_grad_enabled() or getattr(args[-1], "cuts", False):
+        at = next((i for i, x in enumerate(args) if isinstance(x, Cache)), None)
+        if at is None or torch.is_grad_enabled() or getattr(args[-1], "cuts", False):
+            return old(*args)
+        T, keys = args[at - 1].shape[1], args[at].k[0]
+        if T > rows or keys.shape[:2] != (1, slots) or keys.dtype != dtype:
             return old(*args)
         *tokens, positions = args[:at]
         if rows > T:
