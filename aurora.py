@@ -336,7 +336,7 @@ def arguments(argv):
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="cpu")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default=argparse.SUPPRESS, help="(default: float32; with --compile bfloat16 where the processor multiplies it)")
-    group.add_argument("--compile", action="store_true", help="compile the forwards first, which takes minutes: for long runs")
+    group.add_argument("--compile", action="store_true", help="compile the forwards first, minutes the first time, less from then on")
     group.add_argument("--profile", action="store_true", help="only print where a round's time goes, and how it grows with the context")
     group.add_argument("--threads", type=int, default=0, help="0: one for a target under 50M parameters, else as torch chooses")
     args = parser.parse_args(argv)
