@@ -83,10 +83,8 @@ def speed_up(target, served, static, requests, learning):
     """--compile -> what is to be said of it."""
     begun = time.perf_counter()
     longest = max(192, *(len(r.prompt) + r.max_new_tokens for r in requests))  # 192: where rounds are timed
-    trouble = compile_forwards(target, [d for d in (served, static) if d], slots_for(longest + 2 * LONGEST + 1), learning,
-                               cuts=any(r.top_p < 1 or r.top_k > 0 for r in requests))
-    if trouble:
-        raise UserError(f"--compile: torch cannot compile here ({trouble}); leave it out")
+    compile_forwards(target, [d for d in (served, static) if d], slots_for(longest + 2 * LONGEST + 1), learning,
+                     cuts=any(r.top_p < 1 or r.top_k > 0 for r in requests))
     return f"took {time.perf_counter() - begun:.0f} s"
 
 

@@ -336,9 +336,8 @@ def bench(args):
 
     if args.compile and K > LONGEST:
         raise UserError(f"--compile makes graphs for up to {LONGEST} drafted tokens, got --num-speculative-tokens {K}")
-    trouble = compile_forwards(target, [draft], slots_for(128 + args.max_new_tokens + 2 * LONGEST + 1)) if args.compile else None
-    if trouble:
-        raise UserError(f"--compile: torch cannot compile here ({trouble}); leave it out")
+    if args.compile:
+        compile_forwards(target, [draft], slots_for(128 + args.max_new_tokens + 2 * LONGEST + 1))
 
     lines = filter(None, Path(args.prompts).read_text(encoding="utf-8").split("\n"))
     prompts = [ids for ids in (tokenizer.encode(line)[:128] for line in lines) if len(ids) > 8]

@@ -200,7 +200,7 @@ def slots_for(tokens):
 def compile_forwards(target, drafts, slots, learning=None, cuts=False):
     """Gives the models forwards that torch.compile made, for one request at a time whose caches have `slots` slots; what else
     they are asked for (a prompt, a batch, the learner's replay) goes the old way.  With cuts, top-k or top-p, tokens are
-    drawn outside of the graphs.  Returns None, or in one line why torch cannot compile here; then nothing is compiled.
+    drawn outside of the graphs.  Where torch cannot compile, UserError, and nothing is changed.
 
     What never changes has its weights packed into its graphs.  Those of the draft that serves while it is `learning` are
     arguments of its graphs, so what is published by copying into them serves at once.  Do not copy or cast a model
@@ -216,17 +216,17 @@ def compile_forwards(target, drafts, slots, learning=None, cuts=False):
             forwards += [(draft, "read" if cuts else "begin", rows, [like.new_zeros(1, rows, width)], [torch.tensor([0]), *draws])
                          for rows in (ROWS[:2] if draft is learning else ROWS[:1])]  # packed, nine are as fast as five
             forwards.append((draft, "extend" if cuts else "go_on", 1, [h], draws))
-    models = {id(m): m for m, *_ in forwards}.values()
+    models = dict.fromkeys(model for model, *_ in forwards)
     release(models)
     for model in models:
         model.new_cache = lambda batch, length, model=model: type(model).new_cache(
             model, batch, slots if batch == 1 and length + SPARE <= slots else length)
-    weights = {id(m): fingerprint(m) for m in models if m is not learning}
+    weights = {model: fingerprint(model) for model in models if model is not learning}
     try:
         for model, name, rows, before, after in tqdm(forwards, desc="compiling", leave=False, disable=None):
             with ExitStack() as settings:
                 if model is learning:
-                    table = torch._inductor.decomposition.fast_random_decomps()  # which torch does not take for a part of the graph
+                    table = torch._inductor.decomposition.fast_random_decomps()  # torch keeps graphs without regard to it
                     settings.enter_context(patch.dict(table, {torch.ops.aten.mm.default: one_row}))
                     settings.enter_context(torch.compiler.config.patch(cache_key_tag=inspect.getsource(one_row)))
                 else:
@@ -236,11 +236,13 @@ def compile_forwards(target, drafts, slots, learning=None, cuts=False):
                     # with other weights of the same shapes for the same graph.
                     settings.enter_context(warnings.catch_warnings(action="ignore", category=UserWarning))
                     settings.enter_context(torch.backends.mkldnn.flags(enabled=False))
-                    settings.enter_context(torch.compiler.config.patch(cache_key_tag=weights[id(model)]))
-                through_graph(model, name, rows, slots)(*before, torch.zeros(1, rows, dtype=torch.int64), torch.arange(rows)[None], model.new_cache(1, 1), *after)
+                    settings.enter_context(torch.compiler.config.patch(cache_key_tag=weights[model]))
+                ids, positions = torch.zeros(1, rows, dtype=torch.int64), torch.arange(rows)[None]
+                through_graph(model, name, rows, slots)(*before, ids, positions, model.new_cache(1, 1), *after)
     except Exception as error:  # no compiler, or one that fails: torch has many kinds
         release(models)
-        return next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"--compile: torch cannot compile here ({reason}); leave it out") from error
 
 
 def release(models):
@@ -349,9 +351,8 @@ def print_profile(target, draft, context, compiled, learning=None):
     first = None
     for context in sorted({min(c, room) for c in (128, 512, 2048)}):
         tokens = context + LEFT + 2 * LONGEST + 1
-        trouble = compile_forwards(target, [draft], slots_for(tokens), learning) if compiled else None
-        if trouble:
-            print(f"not compiled: {trouble}")
+        if compiled:
+            compile_forwards(target, [draft], slots_for(tokens), learning)
         caches = [m.new_cache(1, tokens) for m in (target, draft)]
         held = [sum(x.nbytes for x in c.k + c.v) / 1e6 if hasattr(c, "k") else 0.0 for c in caches]
         print(f"\ncontext {context}: caches of {held[0]:.1f} MB for the target and {held[1]:.1f} MB for the draft; medians of a round in microseconds")
