@@ -33,9 +33,10 @@ from tqdm import tqdm
 from draft import Draft, DraftLength, FixedLength, NGram, load_draft
 from model import Bytes, UserError, load_target, save
 from pretrain import CLASSES, texts_of
-from rl import ESTIMATORS, Learner, expected_length
+from rl import ESTIMATORS, Learner, acceptance_on, expected_length
 from serve import LONGEST, Generation, Request, compile_forwards, generate, print_profile, rounds, seconds_per_round, slots_for
 from verify import NoDistribution, kernel
+from versions import load_learner, save_learner
 
 HERE = Path(__file__).parent
 ARMS = ("plain", "static", "online")
@@ -53,7 +54,7 @@ def aurora(target, served, learner, static, requests, K, args, journal):
             if arm == "online":
                 trace, seconds = generate(target, served, request, K[arm], learner.version)  # draft, verify, commit
                 learning = {} if args.no_learn else learner.update(trace)
-                if learning and learner.updates % args.publish_every == 0:
+                if learner.unpublished >= args.publish_every:
                     served.load_state_dict(learner.publish())
                     K[arm].trust(learner.acceptance)
             elif arm == "static":
@@ -116,7 +117,8 @@ def examination(target, requests):
     answers = {}
     for b, request in enumerate(requests):
         answers.setdefault(request.kind, []).append(generation.trace(b))
-    return lambda draft: {kind: expected_length(draft, traces, EXAMINED) for kind, traces in answers.items()}
+    return lambda draft: {kind: mean([expected_length(acceptance_on(draft, trace, EXAMINED)) for trace in traces])
+                          for kind, traces in answers.items()}
 
 
 class Journal:
@@ -131,7 +133,7 @@ class Journal:
         self.log = open(args.log, "w") if args.log else None
         self.bar = tqdm(total=total, unit="request", disable=None if total > 1 else True)
 
-    def record(self, arm, request, trace, seconds, loss=None, expected_length=None, staleness=None, learn_seconds=0.0):
+    def record(self, arm, request, trace, seconds, loss=None, expected_length=None, staleness=None, verdict=None, learn_seconds=0.0):
         width = (trace.draft_tokens >= 0).sum(1).cpu()  # what each round drafted; one of plain decoding has no acceptance length
         kept = trace.num_accepted[width > 0]
         line = {"arm": arm, "class": request.kind, "seed": request.seed, "draft_version": trace.version,
@@ -141,9 +143,9 @@ class Journal:
                 "acceptance_histogram": torch.bincount(kept, minlength=trace.draft_tokens.shape[1] + 1).tolist(),
                 "mean_acceptance_length": 1 + int(kept.sum()) / max(1, len(kept)),
                 "serve_seconds": seconds, "learn_seconds": learn_seconds,
-                "expected_length": expected_length, "staleness": staleness, "update_loss": loss}
+                "expected_length": expected_length, "staleness": staleness, "update_loss": loss, "gate": verdict}
         if self.examine and arm == "online":
-            self.examined = line["held_out"] = self.examine() if learn_seconds else self.examined
+            self.examined = line["held_out"] = self.examine() if learn_seconds and verdict != "rests" else self.examined
         self.records.append(line)
         if self.log:
             print(json.dumps(line), file=self.log, flush=True)
@@ -192,8 +194,17 @@ class Journal:
         else:
             print_curves("tokens a round to expect on each answer, before learning from it",
                          {(kind, "expected"): [r["expected_length"] for r in self.of(kind, "online") if r["expected_length"]] for kind in self.report()})
+        if any(r["gate"] for r in self.records):
+            print(self.verdicts())
         if self.static:
             print("static draft there:", *(f"{kind} {length:.2f} " for kind, length in self.static.items()))
+
+    def verdicts(self):
+        """What the gate said, at which of the requests."""
+        said = [r["gate"] for r in self.records if r["arm"] == "online"]
+        at = lambda verdict: ", ".join(str(i + 1) for i, v in enumerate(said) if v == verdict) or "never"
+        learned = sum(v in ("", "better") for v in said)
+        return f"gate     learned from {learned} of {len(said)} answers; better after {at('better')}; taken back after {at('nothing gained')}"
 
     def held_out(self, kind):
         """Of the draft that serves: before the first request, and after each."""
@@ -321,6 +332,7 @@ def arguments(argv):
     group.add_argument("--lr", type=float, default=argparse.SUPPRESS, help="of Muon (default: 0.05 for a scratch draft, 0.01 for a trained one)")
     group.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of the optimizer after each request (default: 3 for a scratch draft, 1 for a trained one)")
     group.add_argument("--reservoir", type=int, default=32, metavar="N", help="older requests that are kept in mind beside the last 32; 0 is none")
+    group.add_argument("--gate", action=argparse.BooleanOptionalAction, default=True, help="take back what does not prove better on new answers, and rest; without it, learn from every answer and publish all of it")
     group.add_argument("--publish-every", type=int, default=1, metavar="M", help="requests per served version")
     group.add_argument("--no-learn", action="store_true")
     group = parser.add_argument_group("measuring and keeping")
@@ -534,35 +546,6 @@ def lowest_ids(config, N):
     return torch.tensor(sorted(list(first)[:N]))
 
 
-def save_learner(directory, served, learned, learner):
-    """v000123/draft.pt, the learner's state beside it, then `latest`: what `latest` names is always whole."""
-    name = f"v{learner.version:06d}"
-    save(Path(directory) / name / "draft.pt", served.config, learned, {"version": learner.version, "kind": served.kind})
-    torch.save(learner.state(), f"{directory}/learner.new")
-    Path(f"{directory}/learner.new").replace(f"{directory}/{name}.learner.pt")
-    Path(f"{directory}/latest.new").write_text(name + "\n")
-    Path(f"{directory}/latest.new").replace(f"{directory}/latest")
-
-
-def load_learner(directory, target):
-    """-> the latest draft that --save kept there, or that of one version's directory; the learner's state, {} if lost."""
-    if not (directory / "draft.pt").is_file():
-        if not (directory / "latest").is_file():
-            raise UserError(f"{directory} holds no `latest`: expected a directory that --save wrote")
-        directory = directory / (directory / "latest").read_text(errors="replace").strip()
-    draft, _ = load_draft(directory / "draft.pt", target)
-    beside = directory.with_name(f"{directory.name}.learner.pt")
-    if not beside.is_file():
-        return draft, {}
-    try:
-        state = torch.load(beside, map_location="cpu", weights_only=True)
-        return draft, {name: state[name] for name in ("optimizers", "weights", "averaged", "updates", "version")}
-    except KeyError as error:
-        raise UserError(f"{beside} lacks {error}: another version wrote it; delete it to go on from the draft alone") from None
-    except Exception as error:  # torch raises many kinds for a file that is not its own
-        raise UserError(f"{beside} cannot be read ({type(error).__name__})") from None
-
-
 def stream(target, tokenizer, draft, request, args):
     """Prints the answer as it comes: drafted tokens in one colour, the target's own in another."""
     colours = ("\033[32m", "\033[33m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
@@ -620,7 +603,7 @@ def main(argv=None):
         return stream(target, tokenizer, served, requests[0], args)
     K = draft_lengths(target, served, static, args)
     learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, min(5, K["online"].longest),
-                      reservoir=args.reservoir, scratch=args.draft == "scratch", seed=args.seed)
+                      reservoir=args.reservoir, scratch=args.draft == "scratch", gate=args.gate, seed=args.seed)
     learner.restore(state)
     facts(target, served, K["online"], args, requests, compiled)
     exam = examination(target, held_out) if held_out else None

@@ -203,6 +203,7 @@ def load_eagle3(directory, raw, target):
             raise UserError(f"{directory}: t2d and d2t do not name the same ids")
         vocabulary = vocabulary if len(vocabulary) < V else None
     draft = Draft(target, config, vocabulary)
+    draft.kind = "head made elsewhere"
     weights = {name: t.float() for name, t in weights.items()}
     weights.setdefault("lm_head.weight", draft.lm_head.weight.detach())  # without one it is the target's
     return fill_draft(draft, weights | ({} if vocabulary is None else {"vocabulary": vocabulary}), directory)

@@ -164,17 +164,28 @@ class Chain:
         return tokens, logits, logprobs
 
 
+OWN_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # the rest a head has from its target
+
+
+def slim(config):
+    """One layer with half the heads of the target's layers and a third of their MLP.  A draft runs K times a round, so what
+    it reads counts K times: a whole layer guessed a little better and served slower (the README has the figures)."""
+    G = max(1, config.num_key_value_heads // 2)
+    return replace(config, num_hidden_layers=1, num_attention_heads=G * config.num_attention_heads // config.num_key_value_heads,
+                   num_key_value_heads=G, intermediate_size=max(1, config.intermediate_size // 3), attention_bias=False,
+                   output_bias=False, qk_norm=False, tie_word_embeddings=False)
+
+
 class Draft(Chain, nn.Module):
     def __init__(self, target, config=None, vocabulary=None):
         """Day 0: random weights, the target's embedding (the same memory, frozen) and a copy of its head (trainable).
 
         vocabulary (V_draft,) int64, ascending: the ids that the draft can say, fixed for its life.  A large vocabulary is
-        most of a draft's cost, and its rare ids earn little.  config: of a head that was made elsewhere."""
+        most of a draft's cost, and its rare ids earn little.  config: of a head that is there already."""
         super().__init__()
-        self.kind, self.own_embedding = "head" if config is None else "head made elsewhere", False
+        self.kind, self.own_embedding = "head", False
         self.feature_layers = target.feature_layers
-        config = config or replace(target.config, attention_bias=False, output_bias=False, qk_norm=False,
-                                   num_hidden_layers=1, tie_word_embeddings=False)
+        config = config or slim(target.config)
         if target.config.num_hidden_layers < 7:
             raise UserError(f"an EAGLE-3 draft reads what enters layers 2, L//2 and L-3, which are three different "
                             f"layers only if L >= 7: this target has {target.config.num_hidden_layers} layers")
@@ -346,9 +357,10 @@ def load_draft(path, target):
                         "a draft serves the target it was made for")
     if record.get("kind") == SmallModel.kind:  # its file looks like a target's, so it says what it is
         return fill(SmallModel(config), weights, path), record
-    draft = Draft(target, config if record.get("kind") == "head made elsewhere" else None, weights.get("vocabulary"))
-    differing = [name for name, value in vars(config).items() if value != getattr(draft.config, name)]
-    if differing:
+    draft, like = Draft(target, config, weights.get("vocabulary")), slim(target.config)
+    draft.kind = record.get("kind", draft.kind)
+    differing = [name for name, value in vars(config).items() if name not in OWN_SIZES and value != getattr(like, name)]
+    if differing and draft.kind == "head":
         raise UserError(f"{path}: the draft was made for another target: they differ in {', '.join(differing)}")
     return fill_draft(draft, weights, path), record
 

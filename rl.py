@@ -30,6 +30,7 @@ Letters: R rounds, K drafted tokens a round, V vocabulary, T tokens of a sequenc
 """
 
 import argparse
+import copy
 import importlib.util
 import itertools
 import json
@@ -43,6 +44,7 @@ import torch
 
 from model import UserError
 from verify import Sampling
+from versions import Gate
 
 ESTIMATORS = {  # each for what the one before it lacks
     "reinforce_textbook": "the probability of acceptance times grad log q: biased, since that reward depends on q too",
@@ -280,16 +282,17 @@ def replay_answer(draft, trace, K, places=None):
 
 
 @torch.no_grad()
-def expected_length(draft, traces, K):
-    """Tokens a round to expect of a draft on these answers, had tokens all over them, 96 to 191 or all, started chains of K."""
-    lengths = []
-    for trace in traces:
-        answer = len(trace.ids) - trace.prompt_length
-        places = torch.arange(0, answer, max(1, answer // 96), device=trace.ids.device)
-        with products("medium"):
-            alpha = acceptance(*replay_answer(draft, trace, K, places), trace.temperature)
-        lengths.append(1 + alpha.cumprod(0).sum().item())
-    return sum(lengths) / len(lengths)
+def acceptance_on(draft, trace, K):
+    """A draft's acceptance at each place (K,), had tokens all over the answer, 96 to 191 or all, started chains of K."""
+    answer = len(trace.ids) - trace.prompt_length
+    places = torch.arange(0, answer, max(1, answer // 96), device=trace.ids.device)
+    with products("medium"):
+        return acceptance(*replay_answer(draft, trace, K, places), trace.temperature)
+
+
+def expected_length(acceptance):
+    """Tokens a round to expect, by the acceptance at each place (K,)."""
+    return 1 + acceptance.cumprod(0).sum().item()
 
 
 def optimizers(model, lr, weight_decay=0.0):
@@ -317,9 +320,12 @@ class Learner:
 
     The rate is constant, since traffic has no end for it to fall towards.  What a falling rate is for, averaging does:
     published is the mean of the weights over the last `horizon` steps or so (Polyak & Juditsky 1992).  That of a random
-    draft (`scratch`), which is soon far from where it began, spans a third of its steps at first."""
+    draft (`scratch`), which is soon far from where it began, spans a third of its steps at first.
 
-    def __init__(self, draft, estimator, lr, target_side, steps=1, chain=4, places=96, recent=32, reservoir=32, horizon=60, scratch=False, seed=0):
+    With a `gate` (versions.py) it learns only while that shows, and what does not show is taken back."""
+
+    def __init__(self, draft, estimator, lr, target_side, steps=1, chain=4, places=96, recent=32, reservoir=32, horizon=60,
+                 scratch=False, gate=False, seed=0):
         self.draft, self.estimator, self.target_side, self.steps = draft, estimator, target_side, steps
         self.chain, self.places, self.horizon = chain, places, horizon
         self.optimizers = optimizers(draft, lr)
@@ -328,9 +334,14 @@ class Learner:
         self.average = {name: once[id(p)] for name, p in draft.named_parameters(remove_duplicate=False) if id(p) in once}  # tied: two names
         self.averaged = 0 if scratch else 3 * horizon  # steps
         self.recent, self.reservoir, self.size, self.older = deque(maxlen=recent), [], reservoir, 0
-        self.updates, self.version, self.published = 0, 0, 0  # traces learned from; newest version; how many it has
+        self.updates, self.version, self.unpublished = 0, 0, 0  # traces learned from; newest version; how many it lacks
         self.generator = torch.Generator().manual_seed(seed)
-        self.acceptance = []  # its estimate, place by place, of the weights before their average: rather too low than too high
+        self.acceptance = []  # its estimate, place by place
+        self.gate = Gate() if gate and self.trained else None
+        if self.gate:
+            frozen = [p for p in draft.parameters() if not p.requires_grad]  # the embedding is the target's own
+            self.examined = copy.deepcopy(draft, {id(p): p for p in frozen})
+            self.anchor = copy.deepcopy(self.average)
 
     def loss(self, trace):
         """-> the loss, with gradient, and the acceptance at each place of the chain (K,).
@@ -355,15 +366,55 @@ class Learner:
         return sum(share * loss for share, loss, _ in parts), max(parts, key=lambda part: part[0])[2]
 
     def update(self, trace):
-        """Learns from one more trace -> {"loss": its own, "expected_length", "staleness", "learn_seconds"}.
+        """Learns from one more trace, or does not -> {"learn_seconds"} and, if it does, "loss": the trace's own,
+        "expected_length", "staleness"; with a gate its "verdict".
 
         expected_length: tokens a round to expect of chains of this length, on this answer, before it is learned from; of
-        the weights that learn, while their average, which serves, does rather better.
+        what serves, or without a gate of the weights that learn, whose average serves and does rather better.
         staleness: versions between the one that served a trace and the newest, mean over the traces learned from.
 
         Raises UserError when a gradient is not finite or the weights have exploded."""
-        begun, losses, staleness = time.perf_counter(), [], []
-        self.updates += 1
+        begun, verdict = time.perf_counter(), self.judge(trace) if self.gate else ""
+        learned = {} if verdict in ("rests", "nothing gained") else self.learn(trace)
+        if not learned:
+            self.remember(trace)
+        return learned | {"verdict": verdict, "learn_seconds": time.perf_counter() - begun}
+
+    @torch.no_grad()
+    def judge(self, trace):
+        """The gate's verdict on what serves, from an answer that nobody has learned from."""
+        width = (trace.draft_tokens >= 0).sum(1).cpu()
+        tested = (trace.num_accepted + 1).minimum(width).sum().item()
+        verdict = self.gate.judge(trace.num_accepted[width > 0].sum().item() / tested if tested else None, lambda: self.gain(trace))
+        if verdict == "better":
+            self.anchor = {name: p.clone() for name, p in self.average.items()}
+        elif verdict == "nothing gained":
+            self.go_back(self.anchor)
+        return verdict
+
+    def gain(self, trace):
+        """How many more tokens a round to expect of what serves than of the anchor."""
+        lengths = []
+        for weights in (self.anchor, self.average):
+            self.examined.load_state_dict(self.draft.state_dict() | weights)
+            self.acceptance = acceptance_on(self.examined, trace, self.chain).tolist()
+            lengths.append(expected_length(torch.tensor(self.acceptance)))
+        return lengths[1] - lengths[0]
+
+    def go_back(self, weights):
+        """These weights learn on and serve, as if none had come after them."""
+        self.draft.load_state_dict(self.draft.state_dict() | weights)
+        for name, p in self.average.items():
+            p.copy_(weights[name])
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+            optimizer.zero_grad()
+        self.unpublished = float("inf")
+
+    def learn(self, trace):
+        """`update` where it learns."""
+        losses, staleness = [], []
+        self.updates, self.unpublished = self.updates + 1, self.unpublished + 1
         for step in range(self.steps):
             memory = [*self.recent, *self.reservoir]
             order = torch.randperm(len(memory), generator=self.generator).tolist()
@@ -376,7 +427,7 @@ class Learner:
                     (loss / len(batch)).backward()
                 losses.append(loss.item())
                 staleness.append(self.version - example.version)
-                if len(losses) == 1:
+                if len(losses) == 1 and not self.gate:
                     self.acceptance = learned.tolist()
             norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
             if not norm.isfinite():
@@ -389,16 +440,14 @@ class Learner:
             self.averaged += 1
             for name, p in self.trained.items():
                 self.average[name].lerp_(p.detach(), max(1 / self.horizon, 3 / (self.averaged + 2)))
-        expected = 1 + torch.tensor(self.acceptance).cumprod(0).sum().item()
-        return {"loss": losses[0], "expected_length": expected, "staleness": sum(staleness) / len(staleness),
-                "learn_seconds": time.perf_counter() - begun}
+        expected = expected_length(torch.tensor(self.acceptance))
+        return {"loss": losses[0], "expected_length": expected, "staleness": sum(staleness) / len(staleness)}
 
     def diverged(self, why):
-        """Goes back to the average, which no such step has touched, so that what is saved can be gone on from."""
-        self.draft.load_state_dict(self.draft.state_dict() | self.average)
-        for optimizer in self.optimizers:
-            optimizer.state.clear()
-            optimizer.zero_grad()
+        """Goes back to the average, which no such step has touched, so that what is saved can be gone on from; and forgets
+        the trace."""
+        self.recent.pop()
+        self.go_back(self.average)
         raise UserError(f"learning diverged at update {self.updates}: {why}; lower --lr")
 
     def remember(self, trace):
@@ -412,8 +461,8 @@ class Learner:
 
     def publish(self):
         """The weights that serve from now on; a new version if they have changed since the last."""
-        if self.updates > self.published:
-            self.version, self.published = self.version + 1, self.updates
+        if self.unpublished:
+            self.version, self.unpublished = self.version + 1, 0
         return self.draft.state_dict() | self.average
 
     def state(self):
@@ -430,8 +479,7 @@ class Learner:
                 optimizer.param_groups[0]["lr"] = rate
             for name, p in self.trained.items():
                 p.copy_(state["weights"][name])
-            self.updates = self.published = state["updates"]
-            self.averaged, self.version = state["averaged"], state["version"]
+            self.updates, self.averaged, self.version = (state[name] for name in ("updates", "averaged", "version"))
 
 
 # ---- python rl.py: the ladder on languages small enough to enumerate; python rl.py LOGS: as it went in earnest -------

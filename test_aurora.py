@@ -32,7 +32,8 @@ import pretrain
 import rl
 import serve
 import verify
-from draft import Draft, DraftLength, FixedLength, SmallModel
+import versions
+from draft import Draft, DraftLength, FixedLength, SmallModel, slim
 from model import Config, Transformer, UserError, load, save
 from serve import Generation, Request, generate
 from verify import accept, accept_reference, inverse_cdf, probabilities
@@ -76,7 +77,8 @@ def tiny_target(seed=0, gain=1.0, dtype=torch.float32, **changes):
 
 def tiny_draft(target, seed=1):
     torch.manual_seed(seed)
-    draft = Draft(target).to(target.lm_head.weight.dtype)
+    config = replace(slim(target.config), num_attention_heads=4, num_key_value_heads=2)  # with two groups of heads
+    draft = Draft(target, config).to(target.lm_head.weight.dtype)
     for p in draft.parameters():
         if p.ndim == 2 and p.requires_grad:
             torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
@@ -876,7 +878,7 @@ def test_divergence_is_reported_and_the_draft_kept():
         learner.update(trace)
     for weights in (learner.publish(), learner.draft.state_dict()):  # back to what serves
         assert all(torch.equal(value, weights[name]) for name, value in before.items())
-    assert learner.update(whole)["loss"] > 0
+    assert all(t is whole for t in learner.recent) and learner.update(whole)["loss"] > 0
 
 
 @pytest.mark.parametrize("steps", "12")
@@ -931,6 +933,141 @@ def test_serving_teaches_the_draft(estimator, temperature, target_side, growth):
         trace, _ = generate(target, draft, request(seed=seed, new=48, temperature=temperature), 3)
         learner.update(trace)
     assert accepted() > growth * before, (before, accepted())
+
+
+# ---- the gate: versions.py -----------------------------------------------------------------------------------
+
+
+def verdicts(gate, gains, kept=None):
+    return [gate.judge(kept, lambda: d) for d in gains]
+
+
+def test_the_gate_hardly_takes_noise_for_progress_and_knows_progress(trials=2000):
+    """Differences drawn around 0, 0.5 and -0.5 of their standard deviation, until the first verdict.  Of 2000 comparisons of
+    equals, looked at after every answer from the 8th to the 64th, one in thirty or so ends in "better" (at most 5 % here)."""
+    g = torch.Generator().manual_seed(0)
+    first = {}
+    for drift in (0.0, 0.5, -0.5):
+        first[drift] = Counter()
+        for _ in range(trials):
+            gate, noise = versions.Gate(), (drift + torch.randn(64, generator=g)).tolist()
+            said = next((v, i + 1) for i, v in enumerate(verdicts(gate, noise)) if v)
+            first[drift][said[0]] += 1
+            first[drift][said[0], "answers"] += said[1]
+    assert first[0.0]["better"] < 0.05 * trials and first[0.5]["better"] > 0.9 * trials and first[-0.5]["nothing gained"] > 0.99 * trials
+    assert first[0.5]["better", "answers"] < 32 * trials and first[-0.5]["nothing gained", "answers"] < 25 * trials
+
+
+def test_the_gate_rests_longer_each_time_and_from_the_start_after_progress():
+    gate, bad = versions.Gate(), [-1.0] * 8  # eight differences of one sign are 2.8 standard errors
+    for rest in (64, 128, 256, 512, 512):
+        assert verdicts(gate, bad) == [""] * 7 + ["nothing gained"]
+        assert verdicts(gate, [1.0] * rest) == ["rests"] * rest
+    assert verdicts(gate, [1.0] * 8)[-1] == "better" and verdicts(gate, bad)[-1] == "nothing gained" and gate.resting == 64
+    assert verdicts(versions.Gate(), [1.0, -1.0] * 32) == [""] * 63 + ["nothing gained"]  # no verdict is no progress
+    assert verdicts(versions.Gate(), [0.0] * 64)[-1] == "nothing gained"
+
+
+def test_a_shift_of_traffic_ends_a_rest():
+    """Kept shares around 0.75, then 0.6 or 0.9: within eight answers the learner is awake, with its first rest before it.
+    With no shift, none of 200 gates wakes in 60 answers; nor do answers without a drafted token wake one."""
+    g = torch.Generator().manual_seed(1)
+    answers = lambda gate, level, count: [gate.judge(level + 0.05 * x, lambda: -1.0) for x in torch.randn(count, generator=g).tolist()]
+    for level in (0.6, 0.9):
+        gate = versions.Gate()
+        assert answers(gate, 0.75, 8)[-1] == verdicts(gate, [-1.0] * 72)[-1] == "nothing gained" and gate.rest == 256
+        assert answers(gate, 0.75, 30) == ["rests"] * 30
+        said = answers(gate, level, 8)
+        assert said[0] == "rests" and said[-1] == "" and gate.rest == 64
+    awake = 0
+    for _ in range(200):
+        gate = versions.Gate()
+        verdicts(gate, [-1.0] * 8)
+        awake += answers(gate, 0.75, 60) != ["rests"] * 60
+    assert awake <= 6
+
+
+def gated(gain, **more):
+    """A learner whose comparisons come out as `gain` says, and a trace."""
+    target = tiny_target()
+    learner = rl.Learner(tiny_draft(target), "log", 1e-2, 1.0, horizon=4, gate=True, **more)
+    learner.gain = lambda trace: gain
+    return learner, generate(target, learner.draft, request(new=30), 3)[0]
+
+
+def test_what_does_not_prove_better_is_taken_back():
+    """The weights that learn and those that serve are the anchor's again, exactly; it is published whatever --publish-every;
+    while the learner rests nothing moves, but traces are remembered."""
+    learner, trace = gated(-1.0)
+    begun = {name: value.clone() for name, value in learner.publish().items()}
+    said = [learner.update(trace)["verdict"] for _ in range(7)]
+    assert said == [""] * 7 and not torch.equal(learner.publish()["fc.weight"], begun["fc.weight"])
+    version = learner.version
+    assert learner.update(trace)["verdict"] == "nothing gained" and learner.unpublished > 1e9
+    for weights in (learner.publish(), learner.draft.state_dict()):
+        assert all(torch.equal(value, weights[name]) for name, value in begun.items())
+    assert learner.version == version + 1 and not any(o.state for o in learner.optimizers)
+    assert "loss" not in learner.update(trace) and learner.unpublished == 0 and len(learner.recent) == 9
+    assert torch.equal(learner.publish()["fc.weight"], begun["fc.weight"])
+
+
+def test_what_proved_better_is_gone_back_to():
+    learner, trace = gated(1.0)
+    said = [learner.update(trace)["verdict"] for _ in range(7)]
+    judged = {name: value.clone() for name, value in learner.publish().items()}  # what the eighth answer examines
+    assert said + [learner.update(trace)["verdict"]] == [""] * 7 + ["better"]
+    learner.gain = lambda trace: -1.0
+    while learner.update(trace)["verdict"] != "nothing gained":
+        pass
+    assert all(torch.equal(value, learner.publish()[name]) for name, value in judged.items())
+
+
+def test_an_answer_is_examined_before_it_is_learned_from(monkeypatch):
+    """Then the anchor and what serves are equal, so their difference is 0, and later it is that of their acceptance."""
+    target = tiny_target()
+    learner = rl.Learner(tiny_draft(target), "log", 1e-2, 1.0, chain=3, horizon=4, gate=True)
+    anchor, gains = copy.deepcopy(learner.draft), []
+    learner.gate.judge = lambda kept, gain, judge=learner.gate.judge: (gains.append(gain()), judge(kept, lambda: gains[-1]))[1]
+    for seed in range(3):
+        trace, _ = generate(target, anchor, request(new=30, seed=seed), 3)
+        served = copy.deepcopy(anchor)
+        served.load_state_dict(learner.publish())
+        expected = [rl.expected_length(rl.acceptance_on(d, trace, 3)) for d in (served, anchor)]
+        assert learner.update(trace)["expected_length"] == pytest.approx(expected[0], abs=1e-6)
+        assert gains[-1] == pytest.approx(expected[0] - expected[1], abs=1e-6) and (gains[-1] == 0) == (seed == 0)
+
+
+def test_the_gate_knows_what_share_was_kept():
+    """Tested are the drafted tokens up to the first rejection; plain rounds have none."""
+    learner, trace = gated(0.0)
+    trace.draft_tokens, trace.num_accepted = torch.tensor([[1, 2, 3], [1, 2, -1], [-1, -1, -1], [4, -1, -1]]), torch.tensor([1, 2, 0, 0])
+    shares = []
+    learner.gate.judge = lambda kept, gain: shares.append(kept) or "rests"
+    learner.update(trace)
+    trace.draft_tokens, trace.num_accepted = torch.full((2, 1), -1), torch.zeros(2, dtype=torch.int64)
+    learner.update(trace)
+    assert shares == [3 / 5, None]
+
+
+def test_gate_on_the_command_line(files, tmp_path, monkeypatch, capsys):
+    """The anchor serves again from the request after it was gone back to, though a version is due every hundred only."""
+    monkeypatch.setattr(rl.Learner, "gain", lambda self, trace: -1.0)
+    (tmp_path / "p.txt").write_text("a prompt\n" * 12)
+    run = ["--target", f"{files}/target.pt", "--static", f"{files}/draft.pt", "--draft", "static", "--prompts", f"{tmp_path}/p.txt",
+           "--max-new-tokens", "8", "--num-speculative-tokens", "2", "--log", f"{tmp_path}/l.jsonl"]
+    aurora.main([*run, "--save", f"{tmp_path}/kept"])
+    lines = [x for x in map(json.loads, (tmp_path / "l.jsonl").read_text().splitlines()) if x["arm"] == "online"]
+    assert [x["gate"] for x in lines] == [""] * 7 + ["nothing gained"] + ["rests"] * 4
+    assert [x["draft_version"] for x in lines] == [*range(8), 8, 8, 8, 8] and [x["update_loss"] is None for x in lines] == [False] * 7 + [True] * 5
+    assert "learned from 7 of 12 answers; better after never; taken back after 8" in capsys.readouterr().out
+    begun, kept = load(files / "draft.pt")[1], load(tmp_path / "kept/v000008/draft.pt")[1]
+    assert all(torch.equal(value, kept[name]) for name, value in begun.items())
+    aurora.main([*run, "--publish-every", "100"])
+    lines = [x for x in map(json.loads, (tmp_path / "l.jsonl").read_text().splitlines()) if x["arm"] == "online"]
+    assert [x["draft_version"] for x in lines] == [0] * 8 + [1] * 4
+    capsys.readouterr()
+    aurora.main([*run, "--no-gate"])
+    assert "learned from" not in capsys.readouterr().out and '"rests"' not in (tmp_path / "l.jsonl").read_text()
 
 
 # ---- the driver: aurora.py ----------------------------------------------------------------------------------
@@ -1024,7 +1161,7 @@ def test_expected_length_is_the_acceptance_length_that_rounds_have():
     list(serve.rounds(served, serve.FixedLength(K)))
     list(serve.rounds(plain, serve.FixedLength(0)))
     lengths = torch.cat([1.0 + served.trace(b).num_accepted for b in range(64)])
-    expected = rl.expected_length(draft, [plain.trace(b) for b in range(64)], K)
+    expected = aurora.mean([rl.expected_length(rl.acceptance_on(draft, plain.trace(b), K)) for b in range(64)])
     assert abs(lengths.mean() - expected) < 5 * lengths.std() / len(lengths) ** 0.5
     assert expected > 1.3
 
@@ -2218,7 +2355,7 @@ def test_exported_head_is_an_eagle3_directory(checkpoint, hf, tmp_path, pruned):
     said = checkpoint.export_draft(draft, tmp_path / "out", "scratch", 4)
     assert "--speculative-algorithm EAGLE3" in said and "--speculative-num-draft-tokens 5" in said and '"method": "eagle3"' in said
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["config.json", "model.safetensors", "out"]
-    Vd, D, I, A = (97 if pruned else 290), 32, 48, 4 * 16
+    Vd, D, I, A = (97 if pruned else 290), 32, 48 // 3, 2 * 16
     tensors = load_file(tmp_path / "out/model.safetensors")
     norms = {f"midlayer.{n}.weight": (D,) for n in ("hidden_norm", "input_layernorm", "post_attention_layernorm")}
     shapes = norms | {
@@ -2233,8 +2370,8 @@ def test_exported_head_is_an_eagle3_directory(checkpoint, hf, tmp_path, pruned):
     raw = json.loads((tmp_path / "out/config.json").read_text())
     assert raw == {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
                    "mlp_bias": False, "rope_scaling": None, "torch_dtype": "float32", "eos_token_id": None, "vocab_size": 290,
-                   "draft_vocab_size": Vd, "hidden_size": D, "intermediate_size": I, "num_hidden_layers": 1, "num_attention_heads": 4,
-                   "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
+                   "draft_vocab_size": Vd, "hidden_size": D, "intermediate_size": I, "num_hidden_layers": 1, "num_attention_heads": 2,
+                   "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
                    "tie_word_embeddings": False, "bos_token_id": 1}
     back = checkpoint.load_draft(tmp_path / "out", target)
     asks = Request([1, 5, 100, 7], 24, 0, 0.8)
@@ -2273,7 +2410,7 @@ WRONG_HEADS = {
 
 
 def test_a_head_of_other_sizes_keeps_them(checkpoint, hf, tmp_path):
-    """Loaded from its directory and again from what --save kept of it; a head of this project must fit the target."""
+    """Loaded from its directory and again from what --save kept of it; a head of this project has only its widths of its own."""
     target = checkpoint.load_model(hf / "target", torch.float32)
     other = Draft(target, replace(Draft(target).config, intermediate_size=40, num_attention_heads=2, num_key_value_heads=1, rope_theta=7e3))
     checkpoint.export_draft(other, tmp_path / "out", "scratch", 4)
@@ -2281,7 +2418,7 @@ def test_a_head_of_other_sizes_keeps_them(checkpoint, hf, tmp_path):
     back, _ = aurora.find_draft(str(tmp_path / "kept"), target)
     assert back.config == other.config and all(torch.equal(a, b) for a, b in zip(back.parameters(), other.parameters()))
     save(tmp_path / "d.pt", other.config, other.state_dict(), {})
-    with pytest.raises(UserError, match="they differ in intermediate_size"):
+    with pytest.raises(UserError, match="they differ in rope_theta"):
         aurora.find_draft(str(tmp_path / "d.pt"), target)
 
 
