@@ -194,17 +194,18 @@ class Journal:
         else:
             print_curves("tokens a round to expect on each answer, before learning from it",
                          {(kind, "expected"): [r["expected_length"] for r in self.of(kind, "online") if r["expected_length"]] for kind in self.report()})
-        if any(r["gate"] for r in self.records):
-            print(self.verdicts())
         if self.static:
             print("static draft there:", *(f"{kind} {length:.2f} " for kind, length in self.static.items()))
+        if any(r["gate"] for r in self.records):
+            print(self.verdicts())
 
     def verdicts(self):
-        """What the gate said, at which of the requests."""
+        """What the gate said, and after which requests."""
         said = [r["gate"] for r in self.records if r["arm"] == "online"]
-        at = lambda verdict: ", ".join(str(i + 1) for i, v in enumerate(said) if v == verdict) or "never"
-        learned = sum(v in ("", "better") for v in said)
-        return f"gate     learned from {learned} of {len(said)} answers; better after {at('better')}; taken back after {at('nothing gained')}"
+        at = {v: [i + 1 for i, x in enumerate(said) if x == v] for v in ("better", "nothing gained")}
+        times = {v: f"{len(n)} times" + (f" ({'.., ' if len(n) > 4 else ''}{', '.join(map(str, n[-4:]))})" if n else "") for v, n in at.items()}
+        learned = sum(v in ("learns", "better") for v in said)
+        return f"gate     learned from {learned} of {len(said)} answers; found better {times['better']}, taken back {times['nothing gained']}"
 
     def held_out(self, kind):
         """Of the draft that serves: before the first request, and after each."""
@@ -332,7 +333,7 @@ def arguments(argv):
     group.add_argument("--lr", type=float, default=argparse.SUPPRESS, help="of Muon (default: 0.05 for a scratch draft, 0.01 for a trained one)")
     group.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of the optimizer after each request (default: 3 for a scratch draft, 1 for a trained one)")
     group.add_argument("--reservoir", type=int, default=32, metavar="N", help="older requests that are kept in mind beside the last 32; 0 is none")
-    group.add_argument("--gate", action=argparse.BooleanOptionalAction, default=True, help="take back what does not prove better on new answers, and rest; without it, learn from every answer and publish all of it")
+    group.add_argument("--gate", action=argparse.BooleanOptionalAction, default=True, help="learn only while it shows on new answers; take back what does not, and rest for 64 to 512 answers")
     group.add_argument("--publish-every", type=int, default=1, metavar="M", help="requests per served version")
     group.add_argument("--no-learn", action="store_true")
     group = parser.add_argument_group("measuring and keeping")
@@ -580,7 +581,7 @@ def facts(target, draft, K, args, requests, compiled):
           f"draft    {args.draft}: {size}{said}, {K}, {law}\n"
           f"verify   {'kernels.cu' if kernel(torch.device(args.device).type) else 'the torch reference'}\n"
           f"{compiled}"
-          f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, {args.steps} steps a request, a version every {args.publish_every}'}\n"
+          f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, {args.steps} steps a request, a version every {args.publish_every}' + ', gated' * args.gate}\n"
           f"traffic  {', '.join(dict.fromkeys(r.kind for r in requests))}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
 
 
@@ -603,7 +604,7 @@ def main(argv=None):
         return stream(target, tokenizer, served, requests[0], args)
     K = draft_lengths(target, served, static, args)
     learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, min(5, K["online"].longest),
-                      reservoir=args.reservoir, scratch=args.draft == "scratch", gate=args.gate, seed=args.seed)
+                      reservoir=args.reservoir, scratch=args.draft == "scratch", gate=args.gate and not args.no_learn, seed=args.seed)
     learner.restore(state)
     facts(target, served, K["online"], args, requests, compiled)
     exam = examination(target, held_out) if held_out else None

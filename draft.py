@@ -169,11 +169,13 @@ OWN_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size") 
 
 def slim(config):
     """One layer with half the heads of the target's layers and a third of their MLP.  A draft runs K times a round, so what
-    it reads counts K times: a whole layer guessed a little better and served slower (the README has the figures)."""
+    it reads counts K times."""
     G = max(1, config.num_key_value_heads // 2)
-    return replace(config, num_hidden_layers=1, num_attention_heads=G * config.num_attention_heads // config.num_key_value_heads,
-                   num_key_value_heads=G, intermediate_size=max(1, config.intermediate_size // 3), attention_bias=False,
-                   output_bias=False, qk_norm=False, tie_word_embeddings=False)
+    H = max(1, config.num_attention_heads // 2 // G) * G
+    third = config.intermediate_size // 3
+    return replace(config, num_hidden_layers=1, num_attention_heads=H, num_key_value_heads=G,
+                   intermediate_size=third - third % 64 if third > 64 else max(1, third),
+                   attention_bias=False, output_bias=False, qk_norm=False, tie_word_embeddings=False)
 
 
 class Draft(Chain, nn.Module):
@@ -357,11 +359,13 @@ def load_draft(path, target):
                         "a draft serves the target it was made for")
     if record.get("kind") == SmallModel.kind:  # its file looks like a target's, so it says what it is
         return fill(SmallModel(config), weights, path), record
-    draft, like = Draft(target, config, weights.get("vocabulary")), slim(target.config)
-    draft.kind = record.get("kind", draft.kind)
-    differing = [name for name, value in vars(config).items() if name not in OWN_SIZES and value != getattr(like, name)]
-    if differing and draft.kind == "head":
+    kind, like = record.get("kind", "head"), slim(target.config)
+    own_sizes = OWN_SIZES if kind == "head" else set(vars(config)) - {"hidden_size"}  # of a head made elsewhere
+    differing = [name for name, value in vars(config).items() if name not in own_sizes and value != getattr(like, name)]
+    if differing:
         raise UserError(f"{path}: the draft was made for another target: they differ in {', '.join(differing)}")
+    draft = Draft(target, config, weights.get("vocabulary"))
+    draft.kind = kind
     return fill_draft(draft, weights, path), record
 
 

@@ -283,9 +283,9 @@ def replay_answer(draft, trace, K, places=None):
 
 @torch.no_grad()
 def acceptance_on(draft, trace, K):
-    """A draft's acceptance at each place (K,), had tokens all over the answer, 96 to 191 or all, started chains of K."""
+    """A draft's acceptance at each place (K,), had tokens all over the answer, up to 96 of them, started chains of K."""
     answer = len(trace.ids) - trace.prompt_length
-    places = torch.arange(0, answer, max(1, answer // 96), device=trace.ids.device)
+    places = torch.arange(0, answer, -(-answer // 96), device=trace.ids.device)
     with products("medium"):
         return acceptance(*replay_answer(draft, trace, K, places), trace.temperature)
 
@@ -341,7 +341,7 @@ class Learner:
         if self.gate:
             frozen = [p for p in draft.parameters() if not p.requires_grad]  # the embedding is the target's own
             self.examined = copy.deepcopy(draft, {id(p): p for p in frozen})
-            self.anchor = copy.deepcopy(self.average)
+            self.set_anchor()
 
     def loss(self, trace):
         """-> the loss, with gradient, and the acceptance at each place of the chain (K,).
@@ -370,37 +370,42 @@ class Learner:
         "expected_length", "staleness"; with a gate its "verdict".
 
         expected_length: tokens a round to expect of chains of this length, on this answer, before it is learned from; of
-        what serves, or without a gate of the weights that learn, whose average serves and does rather better.
+        what is learned by now, or without a gate of the weights before their average, which does rather better.
         staleness: versions between the one that served a trace and the newest, mean over the traces learned from.
 
         Raises UserError when a gradient is not finite or the weights have exploded."""
-        begun, verdict = time.perf_counter(), self.judge(trace) if self.gate else ""
-        learned = {} if verdict in ("rests", "nothing gained") else self.learn(trace)
-        if not learned:
+        begun, outcome = time.perf_counter(), {}
+        if self.gate:
+            outcome["verdict"] = self.judge(trace)
+        if outcome.get("verdict") in ("rests", "nothing gained"):
             self.remember(trace)
-        return learned | {"verdict": verdict, "learn_seconds": time.perf_counter() - begun}
+        else:
+            outcome |= self.learn(trace)
+        return outcome | {"learn_seconds": time.perf_counter() - begun}
 
-    @torch.no_grad()
     def judge(self, trace):
-        """The gate's verdict on what serves, from an answer that nobody has learned from."""
+        """The gate's verdict, by an answer that nobody has learned from."""
         width = (trace.draft_tokens >= 0).sum(1).cpu()
-        tested = (trace.num_accepted + 1).minimum(width).sum().item()
-        verdict = self.gate.judge(trace.num_accepted[width > 0].sum().item() / tested if tested else None, lambda: self.gain(trace))
+        if self.gate.rests(trace.num_accepted[width > 0].sum().item(), (trace.num_accepted + 1).minimum(width).sum().item()):
+            return "rests"
+        anchored, now = self.examine(self.anchor, trace), self.examine(self.average, trace)
+        verdict = self.gate.judge(expected_length(now) - expected_length(anchored))
+        self.acceptance = (anchored if verdict == "nothing gained" else now).tolist()
         if verdict == "better":
-            self.anchor = {name: p.clone() for name, p in self.average.items()}
+            self.set_anchor()
         elif verdict == "nothing gained":
             self.go_back(self.anchor)
+            self.averaged = self.averaged_then
         return verdict
 
-    def gain(self, trace):
-        """How many more tokens a round to expect of what serves than of the anchor."""
-        lengths = []
-        for weights in (self.anchor, self.average):
-            self.examined.load_state_dict(self.draft.state_dict() | weights)
-            self.acceptance = acceptance_on(self.examined, trace, self.chain).tolist()
-            lengths.append(expected_length(torch.tensor(self.acceptance)))
-        return lengths[1] - lengths[0]
+    def examine(self, weights, trace):
+        self.examined.load_state_dict(self.draft.state_dict() | weights)
+        return acceptance_on(self.examined, trace, self.chain)
 
+    def set_anchor(self):
+        self.anchor, self.averaged_then = {name: p.clone() for name, p in self.average.items()}, self.averaged
+
+    @torch.no_grad()
     def go_back(self, weights):
         """These weights learn on and serve, as if none had come after them."""
         self.draft.load_state_dict(self.draft.state_dict() | weights)
@@ -445,7 +450,7 @@ class Learner:
 
     def diverged(self, why):
         """Goes back to the average, which no such step has touched, so that what is saved can be gone on from; and forgets
-        the trace."""
+        the newest trace."""
         self.recent.pop()
         self.go_back(self.average)
         raise UserError(f"learning diverged at update {self.updates}: {why}; lower --lr")
@@ -460,7 +465,7 @@ class Learner:
         self.recent.append(trace)
 
     def publish(self):
-        """The weights that serve from now on; a new version if they have changed since the last."""
+        """The weights that serve from now on; a new version if traces were learned from or taken back since the last."""
         if self.unpublished:
             self.version, self.unpublished = self.version + 1, 0
         return self.draft.state_dict() | self.average
@@ -468,7 +473,8 @@ class Learner:
     def state(self):
         """What a resumed learner needs besides the published draft.  No trace: those are users' text."""
         return {"optimizers": [o.state_dict() for o in self.optimizers], "averaged": self.averaged, "updates": self.updates,
-                "version": self.version, "weights": {name: p.detach() for name, p in self.trained.items()}}
+                "version": self.version, "weights": {name: p.detach() for name, p in self.trained.items()},
+                "anchor": [self.anchor, self.averaged_then] if self.gate else None, "gate": vars(self.gate) if self.gate else None}
 
     @torch.no_grad()
     def restore(self, state):
@@ -480,6 +486,11 @@ class Learner:
             for name, p in self.trained.items():
                 p.copy_(state["weights"][name])
             self.updates, self.averaged, self.version = (state[name] for name in ("updates", "averaged", "version"))
+            if self.gate and state["gate"]:
+                vars(self.gate).update(state["gate"])
+                self.anchor, self.averaged_then = state["anchor"]
+            elif self.gate:
+                self.set_anchor()
 
 
 # ---- python rl.py: the ladder on languages small enough to enumerate; python rl.py LOGS: as it went in earnest -------

@@ -1,4 +1,4 @@
-"""Versions: what becomes of what is learned.  The gate says whether it serves; --save keeps it, version by version.
+"""Versions: what becomes of what is learned.  The gate says whether it stays; --save keeps it, version by version.
 
 Learning costs time, and steps that have nothing to learn still shake a draft that was as good as it can be.  So what is
 learned has to show, on answers that it has not learned from yet, or it is taken back.
@@ -11,8 +11,8 @@ import torch
 from draft import load_draft
 from model import UserError, save
 
-EARLIEST, PATIENCE = 8, 64  # answers before the first verdict, and until the last
-BETTER, NOT_BETTER = 2.5, -2.0  # standard errors
+EARLIEST, PATIENCE = 8, 64  # answers before the first verdict, and until less than a hint of progress is none
+BETTER, HINT, WORSE = 2.5, 1.0, -2.0  # standard errors
 FIRST_REST, LONGEST_REST = 64, 512  # answers
 RECENT, SHIFT = 8, 4.0  # answers, and standard errors, that tell a shift of traffic
 
@@ -20,50 +20,60 @@ RECENT, SHIFT = 8, 4.0  # answers, and standard errors, that tell a shift of tra
 class Gate:
     """Learning goes on as long as it shows; otherwise what was learned is taken back, and the learner rests.
 
-    The *anchor* is the draft as it last proved better.  Every new answer, before it is learned from, tells how many tokens
-    a round to expect of the draft that serves and of the anchor.  The text is the same and neither has learned from it, so
-    the differences d_1 .. d_n since the anchor was set are a fair comparison with little noise: z = sum d / sqrt(sum d^2)
-    is about standard normal where there is no difference.
+    The *anchor* is the draft that began, or that proved better since.  Every new answer, before it is learned from, tells
+    how many tokens a round to expect of what is learned by now and of the anchor.  The text is the same and neither has
+    learned from it, so the differences d_1 .. d_n since the anchor was set are a fair comparison with little noise:
+    z = sum d / sqrt(sum d^2), at any n about standard normal where there is no difference.  From the 8th answer on,
 
-        z > 2.5                                what serves is better: it is the anchor from now on
-        z < -2, or 64 answers and no verdict   nothing is gained: back to the anchor, and no learning for 64 answers; each
-                                               time that this is so again, for twice as many, up to 512
-    When traffic shifts, a rest is over and a comparison begins anew: the kept share of the last 8 answers is then off that
-    of those before by more than 4 standard errors."""
+        z > 2.5                         better: what is learned by now is the anchor from now on
+        z < -2, from the 64th on z < 1  nothing gained: back to the anchor, and no learning for 64 answers; for twice as
+                                        many each time that this is so again, up to 512
+
+    Of equals one comparison in thirty or so ends in "better".  A rest ends early when traffic shifts: the draft stands still
+    then, so what moves is the traffic.  It takes 24 answers of the rest at least, 8 of them after the shift or nearly so."""
 
     def __init__(self):
-        self.gains, self.kept = [], []
         self.resting, self.rest = 0, FIRST_REST
+        self.gains = []  # d_1, d_2, ..
+        self.kept = []  # of the drafted tokens that were put to the test, how many were kept, and how many those were
 
-    def judge(self, kept, gain):
-        """An answer more -> "better", "nothing gained", "rests", or "" while it is too early to say.
-
-        kept: of the drafted tokens that were put to the test, the share that was kept; None if none was.
-        gain: called unless the learner rests -> how many more tokens a round to expect of what serves than of the anchor."""
-        if kept is not None:
-            self.kept.append(kept)
+    def rests(self, kept, tested):
+        """One more answer, of whose drafted tokens so many were put to the test: is it left alone?"""
+        if self.resting and tested:
+            self.kept.append((kept, tested))
         if self.shifted():
-            self.__init__()
+            self.resting, self.rest, self.kept = 0, FIRST_REST, []
         if self.resting:
             self.resting -= 1
-            return "rests"
-        self.gains.append(gain())
-        z = sum(self.gains) / max(1e-12, sum(d * d for d in self.gains)) ** 0.5
-        if len(self.gains) < EARLIEST or NOT_BETTER <= z <= BETTER and len(self.gains) < PATIENCE:
-            return ""
+            return True
+        return False
+
+    def shifted(self):
+        """Is the kept share of the last 8 answers 4 standard errors off that of all those before?"""
+        if len(self.kept) < 3 * RECENT:
+            return False
+        kept, tested = torch.tensor(self.kept, dtype=torch.float64).T
+        before, now = slice(None, -RECENT), slice(-RECENT, None)
+        share = kept[before].sum() / tested[before].sum()
+        p = (kept.sum() + 1) / (tested.sum() + 2)
+        # Answers differ by more than the coins of their tokens, but never by less.
+        spread = (kept - share * tested)[before].square().mean().clamp(min=p * (1 - p) * tested.mean())
+        error = (spread * RECENT * (1 + RECENT / len(kept[before]))) ** 0.5
+        return bool((kept - share * tested)[now].sum().abs() > SHIFT * error)
+
+    def judge(self, gain):
+        """gain: how many more tokens a round an answer promises of what is learned by now than of the anchor
+        -> "better", "nothing gained" or, too early to say, "learns"."""
+        self.gains.append(gain)
+        n, z = len(self.gains), sum(self.gains) / max(1e-12, sum(d * d for d in self.gains)) ** 0.5
+        if n < EARLIEST or (WORSE if n < PATIENCE else HINT) <= z <= BETTER:
+            return "learns"
         self.gains = []
         if z > BETTER:
             self.rest = FIRST_REST
             return "better"
-        self.resting, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)
+        self.resting, self.rest, self.kept = self.rest, min(2 * self.rest, LONGEST_REST), []
         return "nothing gained"
-
-    def shifted(self):
-        before, now = torch.tensor(self.kept[:-RECENT]), torch.tensor(self.kept[-RECENT:])
-        if len(before) < 2 * RECENT:
-            return False
-        error = before.std() * (1 / len(before) + 1 / RECENT) ** 0.5
-        return bool((now.mean() - before.mean()).abs() > SHIFT * error.clamp(min=1e-3))
 
 
 # ---- on disk -----------------------------------------------------------------------------------------
@@ -91,7 +101,7 @@ def load_learner(directory, target):
         return draft, {}
     try:
         state = torch.load(beside, map_location="cpu", weights_only=True)
-        return draft, {name: state[name] for name in ("optimizers", "weights", "averaged", "updates", "version")}
+        return draft, {name: state[name] for name in ("optimizers", "weights", "averaged", "updates", "version", "anchor", "gate")}
     except KeyError as error:
         raise UserError(f"{beside} lacks {error}: another version wrote it; delete it to go on from the draft alone") from None
     except Exception as error:  # torch raises many kinds for a file that is not its own
