@@ -35,17 +35,18 @@ class Gate:
     def __init__(self):
         self.resting, self.rest = 0, FIRST_REST
         self.gains = []  # d_1, d_2, ..
-        self.kept = []  # of the drafted tokens that were put to the test, how many were kept, and how many those were
+        self.kept = []  # of every answer of a rest: drafted tokens that were kept, and that were put to the test
 
     def rests(self, kept, tested):
         """One more answer, of whose drafted tokens so many were put to the test: is it left alone?"""
-        if self.resting and tested:
+        if not self.resting:
+            return False
+        if tested:
             self.kept.append((kept, tested))
-        if self.shifted():
-            self.resting, self.rest, self.kept = 0, FIRST_REST, []
-        if self.resting:
-            self.resting -= 1
+        self.resting -= 1
+        if not self.shifted():
             return True
+        self.resting, self.rest = 0, FIRST_REST
         return False
 
     def shifted(self):
