@@ -282,10 +282,10 @@ def replay_answer(draft, trace, K, places=None):
 
 
 @torch.no_grad()
-def acceptance_on(draft, trace, K):
-    """A draft's acceptance at each place (K,), had tokens all over the answer, up to 96 of them, started chains of K."""
+def acceptance_on(draft, trace, K, most=96):
+    """A draft's acceptance at each place (K,), had tokens all over the answer, at most so many, started chains of K."""
     answer = len(trace.ids) - trace.prompt_length
-    places = torch.arange(0, answer, -(-answer // 96), device=trace.ids.device)
+    places = torch.arange(0, answer, -(-answer // most), device=trace.ids.device)
     with products("medium"):
         return acceptance(*replay_answer(draft, trace, K, places), trace.temperature)
 
@@ -400,7 +400,7 @@ class Learner:
 
     def examine(self, weights, trace):
         self.examined.load_state_dict(self.draft.state_dict() | weights)
-        return acceptance_on(self.examined, trace, self.chain)
+        return acceptance_on(self.examined, trace, self.chain, self.places // 2)
 
     def set_anchor(self):
         self.anchor, self.averaged_then = {name: p.clone() for name, p in self.average.items()}, self.averaged
