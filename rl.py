@@ -474,7 +474,7 @@ class Learner:
         """What a resumed learner needs besides the published draft.  No trace: those are users' text."""
         return {"optimizers": [o.state_dict() for o in self.optimizers], "averaged": self.averaged, "updates": self.updates,
                 "version": self.version, "weights": {name: p.detach() for name, p in self.trained.items()},
-                "anchor": [self.anchor, self.averaged_then] if self.gate else None, "gate": vars(self.gate) if self.gate else None}
+                "anchor": [self.anchor, self.averaged_then] if self.gate else None, "gate": vars(self.gate) | {"kept": list(self.gate.kept)} if self.gate else None}
 
     @torch.no_grad()
     def restore(self, state):
@@ -487,7 +487,7 @@ class Learner:
                 p.copy_(state["weights"][name])
             self.updates, self.averaged, self.version = (state[name] for name in ("updates", "averaged", "version"))
             if self.gate and state["gate"]:
-                vars(self.gate).update(state["gate"])
+                vars(self.gate).update(state["gate"], kept=deque(state["gate"]["kept"], self.gate.kept.maxlen))
                 self.anchor, self.averaged_then = state["anchor"]
             elif self.gate:
                 self.set_anchor()

@@ -984,15 +984,21 @@ def answers(gate, g, share, count, spread=0.05, tested=100):
 
 
 def test_a_shift_of_traffic_ends_a_rest():
-    """Kept shares around 0.75, then 0.6 or 0.9: within eight answers the learner is awake, its first rest before it.  A shift
-    of what was served while it learned is none; answers without a drafted token tell nothing."""
+    """Kept shares around 0.75, then 0.6 or 0.9: within eight answers the learner is awake, its first rest before it, even if
+    the shift comes with the rest.  What was served when it woke is forgotten; answers without a drafted token tell nothing."""
     g = torch.Generator().manual_seed(1)
     for level in (0.6, 0.9):
         gate = versions.Gate()
-        assert answers(gate, g, level, 8 + 64 + 8)[7::72] == ["nothing gained"] * 2 and gate.rest == 256
+        assert answers(gate, g, 0.75, 8 + 64 + 8)[7::72] == ["nothing gained"] * 2 and gate.rest == 256
         assert answers(gate, g, 0.75, 30) == verdicts(gate, [-1.0] * 30) == ["rests"] * 30
         said = answers(gate, g, level, 8)
         assert said[0] == "rests" and said[-1] == "learns" and gate.rest == 64
+        assert answers(gate, g, level, 8 + 64 - said.count("learns"))[-64:] == ["rests"] * 64
+
+        gate = versions.Gate()
+        for kept in (75 + 5 * torch.randn(40, generator=g)).int().tolist():
+            gate.rests(kept, 100)
+        assert verdicts(gate, [-1.0] * 8)[-1] == "nothing gained" and "learns" in answers(gate, g, level, 8)
 
 
 @pytest.mark.parametrize("share, spread, tested", [(0.75, 0.05, 100), (0.75, 0.0, 100), (0.02, 0.0, 5), (0.01, 0.0, 20), (0.0, 0.0, 3)])

@@ -4,6 +4,7 @@ Learning costs time, and steps that have nothing to learn still shake a draft th
 learned has to show, on answers that it has not learned from yet, or it is taken back.
 """
 
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from model import UserError, save
 EARLIEST, PATIENCE = 8, 64  # answers before the first verdict, and until less than a hint of progress is none
 BETTER, HINT, WORSE = 2.5, 1.0, -2.0  # standard errors
 FIRST_REST, LONGEST_REST = 64, 512  # answers
-RECENT, SHIFT = 8, 4.0  # answers, and standard errors, that tell a shift of traffic
+RECENT, REMEMBERED, SHIFT = 8, 72, 4.0  # answers, those that they are among, and standard errors: a shift of traffic
 
 
 class Gate:
@@ -30,30 +31,31 @@ class Gate:
                                         many each time that this is so again, up to 512
 
     Of equals one comparison in thirty or so ends in "better".  A rest ends early when traffic shifts: the draft stands still
-    then, so what moves is the traffic.  It takes 24 answers of the rest at least, 8 of them after the shift or nearly so."""
+    then, and hardly moved before if nothing was gained, so what moves is the traffic."""
 
     def __init__(self):
         self.resting, self.rest = 0, FIRST_REST
         self.gains = []  # d_1, d_2, ..
-        self.kept = []  # of every answer of a rest: drafted tokens that were kept, and that were put to the test
+        self.kept = deque(maxlen=REMEMBERED)  # of every answer: drafted tokens that were kept, and that were put to the test
 
     def rests(self, kept, tested):
         """One more answer, of whose drafted tokens so many were put to the test: is it left alone?"""
-        if not self.resting:
-            return False
         if tested:
             self.kept.append((kept, tested))
+        if not self.resting:
+            return False
         self.resting -= 1
         if not self.shifted():
             return True
         self.resting, self.rest = 0, FIRST_REST
+        self.kept.clear()
         return False
 
     def shifted(self):
-        """Is the kept share of the last 8 answers 4 standard errors off that of all those before?"""
+        """Is the kept share of the last 8 answers 4 standard errors off that of up to 64, and at least 16, before?"""
         if len(self.kept) < 3 * RECENT:
             return False
-        kept, tested = torch.tensor(self.kept, dtype=torch.float64).T
+        kept, tested = torch.tensor(list(self.kept), dtype=torch.float64).T
         before, now = slice(None, -RECENT), slice(-RECENT, None)
         share = kept[before].sum() / tested[before].sum()
         p = (kept.sum() + 1) / (tested.sum() + 2)
@@ -73,7 +75,7 @@ class Gate:
         if z > BETTER:
             self.rest = FIRST_REST
             return "better"
-        self.resting, self.rest, self.kept = self.rest, min(2 * self.rest, LONGEST_REST), []
+        self.resting, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)
         return "nothing gained"
 
 
