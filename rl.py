@@ -385,8 +385,8 @@ class Learner:
 
     def judge(self, trace):
         """The gate's verdict, by an answer that nobody has learned from."""
-        width = (trace.draft_tokens >= 0).sum(1).cpu()
-        if self.gate.rests(trace.num_accepted[width > 0].sum().item(), (trace.num_accepted + 1).minimum(width).sum().item()):
+        first = trace.num_accepted[trace.drafted().cpu()] > 0  # of each round, whatever its length
+        if self.gate.rests(first.sum().item(), len(first)):
             return "rests"
         anchored, now = self.examine(self.anchor, trace), self.examine(self.average, trace)
         verdict = self.gate.judge(expected_length(now) - expected_length(anchored))

@@ -1087,8 +1087,8 @@ def test_an_answer_is_examined_before_it_is_learned_from():
         assert same(gated.publish(), free.publish()) and same(gated.draft.state_dict(), free.draft.state_dict())
 
 
-def test_the_gate_knows_how_many_tokens_were_kept():
-    """Tested are the drafted tokens up to the first rejection; plain rounds have none."""
+def test_the_gate_knows_how_many_rounds_kept_a_token():
+    """Of the rounds that drafted, however many tokens; plain rounds do not count."""
     learner, trace = gated()
     trace.draft_tokens, trace.num_accepted = torch.tensor([[1, 2, 3], [1, 2, -1], [-1, -1, -1], [4, -1, -1]]), torch.tensor([1, 2, 0, 0])
     seen = []
@@ -1096,7 +1096,7 @@ def test_the_gate_knows_how_many_tokens_were_kept():
     learner.update(trace)
     trace.draft_tokens, trace.num_accepted = torch.full((2, 1), -1), torch.zeros(2, dtype=torch.int64)
     learner.update(trace)
-    assert seen == [(3, 5), (0, 0)]
+    assert seen == [(2, 3), (0, 0)]
 
 
 def test_gate_on_the_command_line(files, tmp_path, monkeypatch, capsys):

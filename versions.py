@@ -36,10 +36,10 @@ class Gate:
     def __init__(self):
         self.resting, self.rest = 0, FIRST_REST
         self.gains = []  # d_1, d_2, ..
-        self.kept = deque(maxlen=REMEMBERED)  # of every answer: drafted tokens that were kept, and that were put to the test
+        self.kept = deque(maxlen=REMEMBERED)  # of every answer: rounds whose first drafted token was kept, and all that drafted
 
     def rests(self, kept, tested):
-        """One more answer, of whose drafted tokens so many were put to the test: is it left alone?"""
+        """One more answer, in so many of whose rounds the first drafted token was put to the test: is it left alone?"""
         if tested:
             self.kept.append((kept, tested))
         if not self.resting:
