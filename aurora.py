@@ -15,7 +15,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall a small model on a busy machine
 
 import argparse
-import copy
 import importlib.util
 import json
 import random
@@ -30,8 +29,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from draft import Draft, DraftLength, FixedLength, NGram, load_draft
-from model import Bytes, UserError, load_target, save
+from draft import Draft, DraftLength, FixedLength, NGram, load_draft, twin
+from model import Bytes, UserError, load_target
 from pretrain import CLASSES, texts_of
 from rl import ESTIMATORS, Learner, acceptance_on, expected_length
 from serve import LONGEST, Generation, Request, compile_forwards, generate, print_profile, rounds, seconds_per_round, slots_for
@@ -592,8 +591,7 @@ def main(argv=None):
     context = min(m.config.max_position_embeddings for m in (target, draft, static) if m)
     requests = make_requests(pairs or built_in_prompts(args), args, tokenizer, context)
     held_out = examined_requests(args, tokenizer, context) if not pairs and all(hasattr(d, "replay") for d in (draft, static) if d) else []
-    frozen = None if getattr(draft, "own_embedding", True) else draft.embed_tokens
-    served = copy.deepcopy(draft, {id(frozen): frozen})  # the embedding is the target's own
+    served = twin(draft)
     learning = None if args.no_learn and not (args.save or args.export) else served
     for serves in (m for m in (served, static) if args.compile and m):
         serves.to(target.lm_head.weight.dtype)

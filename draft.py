@@ -20,6 +20,7 @@ Letters: B batch rows, T tokens, K drafted tokens a round, R round starts, V voc
          H heads, G key/value heads, E head width, S cache slots.
 """
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -367,6 +368,12 @@ def load_draft(path, target):
     draft = Draft(target, config, weights.get("vocabulary"))
     draft.kind = kind
     return fill_draft(draft, weights, path), record
+
+
+def twin(draft):
+    """A copy with weights of its own; an embedding that is the target's stays the target's."""
+    shared = None if getattr(draft, "own_embedding", True) else draft.embed_tokens
+    return copy.deepcopy(draft, {id(shared): shared})
 
 
 def fill_draft(draft, weights, path):

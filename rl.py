@@ -30,7 +30,6 @@ Letters: R rounds, K drafted tokens a round, V vocabulary, T tokens of a sequenc
 """
 
 import argparse
-import copy
 import importlib.util
 import itertools
 import json
@@ -42,6 +41,7 @@ from pathlib import Path
 
 import torch
 
+from draft import twin
 from model import UserError
 from verify import Sampling
 from versions import Gate
@@ -291,8 +291,8 @@ def acceptance_on(draft, trace, K, most=96):
 
 
 def expected_length(acceptance):
-    """Tokens a round to expect, by the acceptance at each place (K,)."""
-    return 1 + acceptance.cumprod(0).sum().item()
+    """Tokens a round to expect, by the acceptance at each place: K numbers."""
+    return 1 + torch.as_tensor(acceptance).cumprod(0).sum().item()
 
 
 def optimizers(model, lr, weight_decay=0.0):
@@ -339,8 +339,7 @@ class Learner:
         self.acceptance = []  # its estimate, place by place
         self.gate = Gate() if gate and self.trained else None
         if self.gate:
-            frozen = [p for p in draft.parameters() if not p.requires_grad]  # the embedding is the target's own
-            self.examined = copy.deepcopy(draft, {id(p): p for p in frozen})
+            self.examined = twin(draft)
             self.set_anchor()
 
     def loss(self, trace):
@@ -388,14 +387,13 @@ class Learner:
         first = trace.num_accepted[trace.drafted().cpu()] > 0  # of each round, whatever its length
         if self.gate.rests(first.sum().item(), len(first)):
             return "rests"
-        anchored, now = self.examine(self.anchor, trace), self.examine(self.average, trace)
+        anchored, now = self.examine(self.anchor[0], trace), self.examine(self.average, trace)
         verdict = self.gate.judge(expected_length(now) - expected_length(anchored))
         self.acceptance = (anchored if verdict == "nothing gained" else now).tolist()
         if verdict == "better":
             self.set_anchor()
         elif verdict == "nothing gained":
-            self.go_back(self.anchor)
-            self.averaged = self.averaged_then
+            self.go_back(*self.anchor)
         return verdict
 
     def examine(self, weights, trace):
@@ -403,18 +401,18 @@ class Learner:
         return acceptance_on(self.examined, trace, self.chain, self.places // 2)
 
     def set_anchor(self):
-        self.anchor, self.averaged_then = {name: p.clone() for name, p in self.average.items()}, self.averaged
+        self.anchor = {name: p.clone() for name, p in self.average.items()}, self.averaged
 
     @torch.no_grad()
-    def go_back(self, weights):
-        """These weights learn on and serve, as if none had come after them."""
+    def go_back(self, weights, averaged):
+        """These weights, the mean of so many steps, learn on and serve as if none had come after them."""
         self.draft.load_state_dict(self.draft.state_dict() | weights)
         for name, p in self.average.items():
             p.copy_(weights[name])
         for optimizer in self.optimizers:
             optimizer.state.clear()
             optimizer.zero_grad()
-        self.unpublished = float("inf")
+        self.averaged, self.unpublished = averaged, float("inf")
 
     def learn(self, trace):
         """`update` where it learns."""
@@ -445,14 +443,13 @@ class Learner:
             self.averaged += 1
             for name, p in self.trained.items():
                 self.average[name].lerp_(p.detach(), max(1 / self.horizon, 3 / (self.averaged + 2)))
-        expected = expected_length(torch.tensor(self.acceptance))
-        return {"loss": losses[0], "expected_length": expected, "staleness": sum(staleness) / len(staleness)}
+        return {"loss": losses[0], "expected_length": expected_length(self.acceptance), "staleness": sum(staleness) / len(staleness)}
 
     def diverged(self, why):
         """Goes back to the average, which no such step has touched, so that what is saved can be gone on from; and forgets
         the newest trace."""
         self.recent.pop()
-        self.go_back(self.average)
+        self.go_back(self.average, self.averaged)
         raise UserError(f"learning diverged at update {self.updates}: {why}; lower --lr")
 
     def remember(self, trace):
@@ -474,7 +471,7 @@ class Learner:
         """What a resumed learner needs besides the published draft.  No trace: those are users' text."""
         return {"optimizers": [o.state_dict() for o in self.optimizers], "averaged": self.averaged, "updates": self.updates,
                 "version": self.version, "weights": {name: p.detach() for name, p in self.trained.items()},
-                "anchor": [self.anchor, self.averaged_then] if self.gate else None, "gate": vars(self.gate) | {"kept": list(self.gate.kept)} if self.gate else None}
+                "anchor": self.anchor if self.gate else None, "gate": vars(self.gate) if self.gate else None}
 
     @torch.no_grad()
     def restore(self, state):
@@ -487,8 +484,8 @@ class Learner:
                 p.copy_(state["weights"][name])
             self.updates, self.averaged, self.version = (state[name] for name in ("updates", "averaged", "version"))
             if self.gate and state["gate"]:
-                vars(self.gate).update(state["gate"], kept=deque(state["gate"]["kept"], self.gate.kept.maxlen))
-                self.anchor, self.averaged_then = state["anchor"]
+                vars(self.gate).update(state["gate"])
+                self.anchor = state["anchor"]
             elif self.gate:
                 self.set_anchor()
 

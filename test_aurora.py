@@ -1044,7 +1044,7 @@ def test_what_does_not_prove_better_is_taken_back(kind):
     assert [learner.update(trace)["verdict"] for _ in range(7)] == ["learns"] * 7 and not same(learner.publish(), begun)
     version = learner.version
     assert learner.update(trace)["verdict"] == "nothing gained" and learner.unpublished > 1e9
-    expected = rl.expected_length(torch.tensor(learner.acceptance))  # what DraftLength is told, of what serves now
+    expected = rl.expected_length(learner.acceptance)  # what DraftLength is told, of what serves now
     assert expected == pytest.approx(rl.expected_length(rl.acceptance_on(learner.draft, trace, 4, 48)), abs=1e-5)
     assert same(learner.publish(), begun) and same(learner.draft.state_dict(), begun)
     assert learner.version == version + 1 and not any(o.state for o in learner.optimizers)

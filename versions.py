@@ -4,7 +4,6 @@ Learning costs time, and steps that have nothing to learn still shake a draft th
 learned has to show, on answers that it has not learned from yet, or it is taken back.
 """
 
-from collections import deque
 from pathlib import Path
 
 import torch
@@ -36,26 +35,25 @@ class Gate:
     def __init__(self):
         self.resting, self.rest = 0, FIRST_REST
         self.gains = []  # d_1, d_2, ..
-        self.kept = deque(maxlen=REMEMBERED)  # of every answer: rounds whose first drafted token was kept, and all that drafted
+        self.kept = []  # of every answer: rounds whose first drafted token was kept, and all that drafted
 
     def rests(self, kept, tested):
         """One more answer, in so many of whose rounds the first drafted token was put to the test: is it left alone?"""
         if tested:
-            self.kept.append((kept, tested))
+            self.kept = [*self.kept, (kept, tested)][-REMEMBERED:]
         if not self.resting:
             return False
         self.resting -= 1
         if not self.shifted():
             return True
-        self.resting, self.rest = 0, FIRST_REST
-        self.kept.clear()
+        self.resting, self.rest, self.kept = 0, FIRST_REST, []
         return False
 
     def shifted(self):
         """Is the kept share of the last 8 answers 4 standard errors off that of up to 64, and at least 16, before?"""
         if len(self.kept) < 3 * RECENT:
             return False
-        kept, tested = torch.tensor(list(self.kept), dtype=torch.float64).T
+        kept, tested = torch.tensor(self.kept, dtype=torch.float64).T
         before, now = slice(None, -RECENT), slice(-RECENT, None)
         share = kept[before].sum() / tested[before].sum()
         p = (kept.sum() + 1) / (tested.sum() + 2)
