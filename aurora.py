@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from draft import Draft, DraftLength, FixedLength, NGram, load_draft, twin
-from model import Bytes, UserError, load_target
+from model import Bytes, UserError, fast_bfloat16, load_target
 from pretrain import CLASSES, texts_of
 from rl import ESTIMATORS, Learner, acceptance_on, expected_length
 from serve import LONGEST, Generation, Request, compile_forwards, generate, print_profile, rounds, seconds_per_round, slots_for
@@ -379,10 +379,6 @@ def arguments(argv):
         parser.error(f"--seed must lie in 0..2^31-1, got {args.seed}")
     check_outputs(args, parser)
     return args
-
-
-def fast_bfloat16():
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def check_outputs(args, parser):

@@ -26,7 +26,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from model import MLP, Attention, Cache, Transformer, UserError, add_tables, fill, load, rope_and_mask
+from model import MLP, Attention, Cache, Transformer, UserError, add_tables, attend, fill, load, rope_and_mask
 
 
 class FixedLength:
@@ -242,35 +242,30 @@ class Draft(Chain, nn.Module):
         features (B, T, 3D) and ids (B, T): a sequence, each position with the token that follows it.
         starts (B, R): the position of each round's step 0.  chains (B, R, K-1): the tokens fed at steps 1..K-1.
         Returns (B, R, K, V), or (B, R, K, V_draft + 1) with a vocabulary of its own: the last column, -inf, stands for all
-        the ids that the draft cannot say.  The step-0 keys of the sequence are shared by all rounds; a round adds its own
-        keys one step at a time, so the rounds are the query axis of one attention, not copies of the context."""
+        the ids that the draft cannot say.  The rounds are the query axis of one attention, whose first T keys, those of
+        step 0, they share; every further step adds R keys, of which a round may read its own."""
         layer, attention = self.midlayer, self.midlayer.self_attn
         row = torch.arange(len(ids), device=ids.device)[:, None]
-        T, K = ids.shape[1], chains.shape[2] + 1
-        G = self.config.num_key_value_heads
+        T, R, K = ids.shape[1], starts.shape[1], chains.shape[2] + 1
+
+        def qkv(g, ids, positions):  # q (B, H, .., E), k and v (B, G, .., E)
+            cos, sin = (t[positions][:, :, None].to(g.dtype) for t in (self.cos, self.sin))
+            return [x.transpose(1, 2) for x in attention.qkv(layer.attention_input(g, self.embed(ids, g.dtype)), cos, sin)]
 
         g = self.fc(features.to(self.fc.weight.dtype))
-        x = layer.attention_input(g, self.embed(ids, g.dtype))
-        q, context_k, context_v = attention.qkv(x, self.cos[None, :T, None].to(g.dtype), self.sin[None, :T, None].to(g.dtype))
-        g, q = g[row, starts], q[row, starts]  # (B, R, ...)
-        future = (torch.arange(T, device=ids.device) > starts[..., None])[:, None, None]  # (B, 1, 1, R, T)
+        q, keys, values = qkv(g, ids, torch.arange(T, device=ids.device)[None])
+        g, q = g[row, starts], q.transpose(1, 2)[row, starts].transpose(1, 2)  # (B, R, D), (B, H, R, E)
+        past = torch.arange(T, device=ids.device) <= starts[..., None]  # (B, R, T)
+        own = torch.eye(R, dtype=torch.bool, device=ids.device).expand(len(ids), R, R)
+        mask = torch.zeros((), dtype=g.dtype, device=ids.device).where(torch.cat([past] + [own] * (K - 1), dim=-1), float("-inf"))
 
-        own_k, own_v, logits = [], [], []
+        logits = []
         for k in range(K):
             if k > 0:
-                x = layer.attention_input(g, self.embed(chains[:, :, k - 1], g.dtype))
-                place = starts + k
-                q, key, value = attention.qkv(x, self.cos[place][:, :, None].to(g.dtype), self.sin[place][:, :, None].to(g.dtype))
-                own_k.append(key)
-                own_v.append(value)
-            q = q.unflatten(2, (G, -1)) * attention.head_dim**-0.5  # (B, R, G, H/G, E)
-            scores = torch.einsum("brghe,bsge->bghrs", q, context_k).masked_fill(future, float("-inf"))
-            own = [torch.einsum("brghe,brge->bghr", q, key) for key in own_k]
-            weights = torch.cat([scores, *(s[..., None] for s in own)], dim=-1).softmax(-1)  # (B, G, H/G, R, T+k)
-            out = torch.einsum("bghrs,bsge->brghe", weights[..., :T], context_v)
-            for j, value in enumerate(own_v):
-                out = out + weights[..., T + j].permute(0, 3, 1, 2)[..., None] * value[:, :, :, None]
-            g = layer.after_attention(g, attention.o_proj(out.flatten(2)))  # (B, R, D)
+                q, key, value = qkv(g, chains[:, :, k - 1], starts + k)
+                keys, values = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+            out = attend(q, keys, values, attn_mask=mask[:, None, :, : keys.shape[2]], enable_gqa=q.shape[1] != keys.shape[1])
+            g = layer.after_attention(g, attention.o_proj(out.transpose(1, 2).flatten(2)))  # (B, R, D)
             logits.append(self.logits(g))
         logits = torch.stack(logits, dim=2)
         return logits if self.vocabulary is None else nn.functional.pad(logits, (0, 1), value=float("-inf"))

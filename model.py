@@ -25,6 +25,11 @@ class UserError(Exception):
     """What the user gave cannot be used.  The driver prints the message on one line and exits with code 2."""
 
 
+def fast_bfloat16():
+    """Does this processor multiply bfloat16?"""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 @dataclass
 class Config:
     vocab_size: int

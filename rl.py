@@ -34,15 +34,15 @@ import importlib.util
 import itertools
 import json
 import time
+import warnings
 from collections import deque
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from draft import twin
-from model import UserError
+from model import UserError, fast_bfloat16
 from verify import Sampling
 from versions import Gate
 
@@ -209,20 +209,17 @@ class Trace:
 # target's, hardly learns.  Wherever the draft's cut keeps all that the target's keeps, the gradient is that of the law that served.
 
 
-@contextmanager
-def products(precision):
-    """Matrix products of float32 tensors: "medium" in bfloat16 with float32 sums, where the processor does that faster, or
-    "highest".  The draft's replay and its gradient are in the former; what the target said, and all serving, in the latter."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # torch's, of a norm in `replaying`: it is meant
+
+
+def replaying(device):
+    """The context in which a draft replays and learns: products and attention in bfloat16, weights and the rest in float32,
+    where the processor multiplies bfloat16.  What the target said, and all serving, is left as it is."""
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else fast_bfloat16()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 @torch.no_grad()
-@products("highest")
 def target_rows(draft, trace, hidden, tokens):
     """The target as it served, in the draft's vocabulary: hidden (N, .., D), tokens -> logits (N, .., V), tokens.
 
@@ -231,7 +228,8 @@ def target_rows(draft, trace, hidden, tokens):
     vocabulary, T, law = draft.vocabulary, trace.temperature, _law(trace, hidden.device)
     rows = []
     for part in hidden.split(64):  # V numbers a row are not kept if the draft has fewer
-        logits = law.filter(trace.head(part))
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = law.filter(trace.head(part))
         if vocabulary is not None:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             others = logits.index_fill(-1, vocabulary, float("-inf"))
@@ -286,7 +284,7 @@ def acceptance_on(draft, trace, K, most=96):
     """A draft's acceptance at each place (K,), had tokens all over the answer, at most so many, started chains of K."""
     answer = len(trace.ids) - trace.prompt_length
     places = torch.arange(0, answer, -(-answer // most), device=trace.ids.device)
-    with products("medium"):
+    with replaying(places.device):
         return acceptance(*replay_answer(draft, trace, K, places), trace.temperature)
 
 
@@ -369,7 +367,7 @@ class Learner:
         "expected_length", "staleness"; with a gate its "verdict".
 
         expected_length: tokens a round to expect of chains of this length, on this answer, before it is learned from; of
-        what is learned by now, or without a gate of the weights before their average, which does rather better.
+        the draft that serves next, or without a gate of the weights before their average, which does rather better.
         staleness: versions between the one that served a trace and the newest, mean over the traces learned from.
 
         Raises UserError when a gradient is not finite or the weights have exploded."""
@@ -389,7 +387,7 @@ class Learner:
             return "rests"
         anchored, now = self.examine(self.anchor[0], trace), self.examine(self.average, trace)
         verdict = self.gate.judge(expected_length(now) - expected_length(anchored))
-        self.acceptance = (anchored if verdict == "nothing gained" else now).tolist()
+        self.acceptance = (now if self.gate.ahead else anchored).tolist()  # of what serves
         if verdict == "better":
             self.set_anchor()
         elif verdict == "nothing gained":
@@ -425,9 +423,9 @@ class Learner:
             if step == 0:
                 self.remember(trace)
             for example in batch:
-                with products("medium"):
+                with replaying(example.ids.device):
                     loss, learned = self.loss(example)
-                    (loss / len(batch)).backward()
+                (loss / len(batch)).backward()
                 losses.append(loss.item())
                 staleness.append(self.version - example.version)
                 if len(losses) == 1 and not self.gate:
@@ -465,12 +463,12 @@ class Learner:
         """The weights that serve from now on; a new version if traces were learned from or taken back since the last."""
         if self.unpublished:
             self.version, self.unpublished = self.version + 1, 0
-        return self.draft.state_dict() | self.average
+        return self.draft.state_dict() | (self.anchor[0] if self.gate and not self.gate.ahead else self.average)
 
     def state(self):
         """What a resumed learner needs besides the published draft.  No trace: those are users' text."""
         return {"optimizers": [o.state_dict() for o in self.optimizers], "averaged": self.averaged, "updates": self.updates,
-                "version": self.version, "weights": {name: p.detach() for name, p in self.trained.items()},
+                "version": self.version, "weights": {name: p.detach() for name, p in self.trained.items()}, "average": self.average,
                 "anchor": self.anchor if self.gate else None, "gate": vars(self.gate) if self.gate else None}
 
     @torch.no_grad()
@@ -482,6 +480,8 @@ class Learner:
                 optimizer.param_groups[0]["lr"] = rate
             for name, p in self.trained.items():
                 p.copy_(state["weights"][name])
+            for name, p in self.average.items():
+                p.copy_(state["average"][name])
             self.updates, self.averaged, self.version = (state[name] for name in ("updates", "averaged", "version"))
             if self.gate and state["gate"]:
                 vars(self.gate).update(state["gate"])

@@ -33,7 +33,7 @@ import rl
 import serve
 import verify
 import versions
-from draft import Draft, DraftLength, FixedLength, SmallModel, slim
+from draft import Draft, DraftLength, FixedLength, SmallModel, slim, twin
 from model import Config, Transformer, UserError, load, save
 from serve import Generation, Request, generate
 from verify import accept, accept_reference, inverse_cdf, probabilities
@@ -730,16 +730,13 @@ def test_plain_rounds_teach_by_what_followed_them():
 
 
 def test_what_the_target_said_is_never_rounded_to_bfloat16():
-    """Inside the learner's fast products the target's rows are still those of float32: a rounded row can have another
+    """Where the learner multiplies in bfloat16 the target's rows are still those of float32: a rounded row can have another
     argmax than the one that served.  And a token that its row gives no probability, as after any such rounding, ends its
     chain instead of dividing by zero."""
     target = tiny_target(gain=2.0)
     trace, _ = generate(target, tiny_draft(target), request(new=40), 3)
-    before = torch.get_float32_matmul_precision()
-    with rl.products("medium"):
+    with torch.autocast("cpu", torch.bfloat16):
         rows, _ = rl.target_rows(tiny_draft(target), trace, trace.target_hidden, trace.draft_tokens)
-        assert torch.get_float32_matmul_precision() == "medium"
-    assert torch.get_float32_matmul_precision() == before
     finite = rows.isfinite()
     torch.testing.assert_close(rows[finite], trace.target_logits[finite], atol=1e-6, rtol=1e-6)
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -1041,7 +1038,9 @@ def test_what_does_not_prove_better_is_taken_back(kind):
     the learner rests nothing moves, but traces are remembered."""
     learner, trace = gated(-1.0, kind)
     begun = copied(learner.publish())
-    assert [learner.update(trace)["verdict"] for _ in range(7)] == ["learns"] * 7 and not same(learner.publish(), begun)
+    assert [learner.update(trace)["verdict"] for _ in range(7)] == ["learns"] * 7
+    assert not same(learner.draft.state_dict() | learner.average, begun)
+    assert same(learner.publish(), begun)  # what is behind does not serve
     version = learner.version
     assert learner.update(trace)["verdict"] == "nothing gained" and learner.unpublished > 1e9
     expected = rl.expected_length(learner.acceptance)  # what DraftLength is told, of what serves now
@@ -1050,6 +1049,27 @@ def test_what_does_not_prove_better_is_taken_back(kind):
     assert learner.version == version + 1 and not any(o.state for o in learner.optimizers)
     assert "loss" not in learner.update(trace) and learner.unpublished == 0 and len(learner.recent) == 9
     assert same(learner.publish(), begun)
+
+
+def test_whichever_is_ahead_serves():
+    """By the sum of all comparisons since the anchor was set; and what is told of the acceptance is told of that one."""
+    learner, trace = gated()
+    gains, judge = iter([1.0, -3.0, 1.0, 2.0]), learner.gate.judge
+    learner.gate.judge = lambda gain: judge(next(gains))
+    learner.update(trace), learner.publish()
+    anchor = learner.draft.state_dict() | learner.anchor[0]
+    for ahead in (False, False, True):
+        expected = {which: rl.acceptance_on(twin_with(learner, weights), trace, learner.chain, 48) for which, weights in
+                    ((False, learner.anchor[0]), (True, learner.average))}
+        learner.update(trace)
+        torch.testing.assert_close(torch.tensor(learner.acceptance), expected[ahead], atol=1e-6, rtol=0)
+        assert same(learner.publish(), learner.draft.state_dict() | learner.average if ahead else anchor)
+
+
+def twin_with(learner, weights):
+    other = twin(learner.draft)
+    other.load_state_dict(learner.draft.state_dict() | weights)
+    return other
 
 
 def test_what_proved_better_is_gone_back_to():
@@ -1075,7 +1095,7 @@ def test_an_answer_is_examined_before_it_is_learned_from():
     target = tiny_target()
     gated, free = (rl.Learner(tiny_draft(target), "log", 1e-2, 1.0, chain=3, horizon=4, gate=gate) for gate in (True, False))
     anchor, gains = copy.deepcopy(gated.draft), []
-    gated.gate.judge = lambda gain: (gains.append(gain), "learns")[1]
+    gated.gate.judge, gated.gate.ahead = lambda gain: (gains.append(gain), "learns")[1], True
     for seed in range(3):
         trace, _ = generate(target, anchor, request(new=30, seed=seed), 3)
         learned = copy.deepcopy(anchor)
@@ -1126,7 +1146,8 @@ def test_gate_on_the_command_line(files, tmp_path, monkeypatch, capsys):
     assert "gate" not in out.replace("gate_proj", "") and {x["gate"] for x in lines} == {None}
 
     run("--save", f"{tmp_path}/two", prompts="short.txt")
-    assert not same(load(tmp_path / "two/v000004/draft.pt")[1], begun)
+    assert same(load(tmp_path / "two/v000004/draft.pt")[1], begun)  # what serves; what is learned is with the learner
+    assert not same(begun | torch.load(tmp_path / "two/v000004.learner.pt")["average"], begun)
     _, lines = run("--save", f"{tmp_path}/two", prompts="short.txt", draft=f"{tmp_path}/two")
     assert [x["gate"] for x in lines] == ["learns"] * 3 + ["nothing gained"]
     assert same(aurora.load_learner(tmp_path / "two", model.load_target(files / "target.pt")[0])[0].state_dict(), begun)
@@ -2759,8 +2780,8 @@ def test_what_is_published_serves_at_once(compiled):
     fresh, expected = logits_of(target, served), logits_of(eager, newer)
     served.load_state_dict(old)
     finite = expected.isfinite()
-    for packed, twin in zip(fixed, (other, third)):
-        assert (logits_of(target, packed) - logits_of(eager, twin))[finite].abs().max() < 0.05
+    for packed, unpacked in zip(fixed, (other, third)):
+        assert (logits_of(target, packed) - logits_of(eager, unpacked))[finite].abs().max() < 0.05
     assert (fresh - expected)[finite].abs().max() < 1e-4 and (stale - expected)[finite].abs().max() > 0.1
 
 

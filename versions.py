@@ -29,11 +29,13 @@ class Gate:
         z < -2, from the 64th on z < 1  nothing gained: back to the anchor, and no learning for 64 answers; for twice as
                                         many each time that this is so again, up to 512
 
+    Until then whichever is ahead serves: what is learned by now where z > 0, else the anchor, so that steps which lead
+    nowhere cost their time but no acceptance.
     Of equals one comparison in thirty or so ends in "better".  A rest ends early when traffic shifts: the draft stands still
     then, and hardly moved before if nothing was gained, so what moves is the traffic."""
 
     def __init__(self):
-        self.resting, self.rest = 0, FIRST_REST
+        self.resting, self.rest, self.ahead = 0, FIRST_REST, False
         self.gains = []  # d_1, d_2, ..
         self.kept = []  # of every answer: rounds whose first drafted token was kept, and all that drafted
 
@@ -67,13 +69,14 @@ class Gate:
         -> "better", "nothing gained" or, too early to say, "learns"."""
         self.gains.append(gain)
         n, z = len(self.gains), sum(self.gains) / max(1e-12, sum(d * d for d in self.gains)) ** 0.5
+        self.ahead = z > 0
         if n < EARLIEST or (WORSE if n < PATIENCE else HINT) <= z <= BETTER:
             return "learns"
         self.gains = []
         if z > BETTER:
             self.rest = FIRST_REST
             return "better"
-        self.resting, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)
+        self.resting, self.rest, self.ahead = self.rest, min(2 * self.rest, LONGEST_REST), False
         return "nothing gained"
 
 
@@ -102,7 +105,7 @@ def load_learner(directory, target):
         return draft, {}
     try:
         state = torch.load(beside, map_location="cpu", weights_only=True)
-        return draft, {name: state[name] for name in ("optimizers", "weights", "averaged", "updates", "version", "anchor", "gate")}
+        return draft, {name: state[name] for name in ("optimizers", "weights", "average", "averaged", "updates", "version", "anchor", "gate")}
     except KeyError as error:
         raise UserError(f"{beside} lacks {error}: another version wrote it; delete it to go on from the draft alone") from None
     except Exception as error:  # torch raises many kinds for a file that is not its own
