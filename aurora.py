@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from itertools import zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -267,23 +267,28 @@ def plot(journal, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 4), constrained_layout=True)
-    colours, edge = {"static": "tab:gray", "online": "tab:orange"}, 0
+    colours = {"static": "tab:gray", "online": "tab:orange"}
+    classes = [r["class"] for r in journal.records if r["arm"] == "online"]  # of one request after the other
+    begins = [i for i, kind in enumerate(classes) if i == 0 or kind != classes[i - 1]]
+    for i in begins if len(begins) < 20 else ():
+        axes.axvline(i + 0.5, color="black", linewidth=0.5)
+        axes.annotate(f" {classes[i]}", (i + 0.5, 1.0), xycoords=("data", "axes fraction"), va="top")
     for kind in journal.report():
+        here = [i + 1 for i, k in enumerate(classes) if k == kind]
+        thick = [i if k == kind else float("nan") for i, k in enumerate(classes, 1)]  # a gap where others are served
         for arm, colour in colours.items():
             served = [r["mean_acceptance_length"] for r in journal.of(kind, arm)]
-            requests = range(edge + 1, edge + len(served) + 1)
+            requests = here[: len(served)]
             axes.plot(requests, served, ".", color=colour, alpha=0.35, markersize=4)
-            if not journal.examined:  # a running mean instead, begun anew in every class
-                axes.plot(requests, [mean(served[max(0, i - len(served) // 3) : i + 1]) for i in range(len(served))], color=colour, linewidth=2)
-        axes.axvline(edge, color="black", linewidth=0.5)
-        axes.annotate(f" {kind}", (edge, 1.0), xycoords=("data", "axes fraction"), va="top")
-        after = edge + len(journal.of(kind, "online"))
-        for other in journal.examined or ():  # thick while its class is served, thin while others are
-            here = other == kind
-            axes.plot(range(edge, after + 1), journal.held_out(other)[edge : after + 1], color=colours["online"], linewidth=2 if here else 0.6)
-            if here and journal.static:
-                axes.hlines(journal.static[kind], edge, after, color=colours["static"], linewidth=2)
-        edge = after
+            if not journal.examined:  # a running mean instead
+                means = dict(zip(requests, (mean(served[max(0, i - len(served) // 3) : i + 1]) for i in range(len(served)))))
+                axes.plot(thick, [means.get(i, float("nan")) for i in range(1, len(classes) + 1)], color=colour, linewidth=2)
+        if journal.examined:
+            curve = journal.held_out(kind)
+            axes.plot(range(len(curve)), curve, color=colours["online"], linewidth=0.6)
+            axes.plot(thick, curve[1:], color=colours["online"], linewidth=2)
+        if journal.static:
+            axes.plot(thick, [journal.static[kind]] * len(thick), color=colours["static"], linewidth=2)
     for arm, colour in colours.items():
         if any(r["arm"] == arm for r in journal.records):
             axes.plot([], [], color=colour, linewidth=2, label=f"{arm} draft, {'on held-out answers' if journal.examined else 'running mean'}")
@@ -313,7 +318,8 @@ def arguments(argv):
     group.add_argument("--static", default=str(HERE / "weights/draft.pt"), metavar="ngram|FILE|DIR|NAME", help="the draft that never learns")
     group.add_argument("--draft-vocab", type=int, default=0, metavar="N", help="ids that a scratch draft can say: the lowest and the end tokens; 0 is all")
     group = parser.add_argument_group("traffic")
-    group.add_argument("--traffic", default=",".join(CLASSES), help="classes, served one after the other")
+    group.add_argument("--traffic", default=",".join(CLASSES), help="classes, served one after the other; one may come again")
+    group.add_argument("--in-turn", action="store_true", help="a request of each class in turn instead")
     group.add_argument("--requests", type=int, default=12, help="per class")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with prompt and, optionally, class")
@@ -329,8 +335,8 @@ def arguments(argv):
     group = parser.add_argument_group("learning")
     group.add_argument("--estimator", choices=ESTIMATORS, default="log", help="a rung of the ladder that python rl.py shows, from the biased textbook to Aurora's KL; each learns from either side")
     group.add_argument("--target-side", type=float, default=1.0, metavar="SHARE", help="of the loss that comes from the target's own tokens, 0 to 1")
-    group.add_argument("--lr", type=float, default=argparse.SUPPRESS, help="of Muon (default: 0.05 for a scratch draft, 0.01 for a trained one)")
-    group.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of the optimizer after each request (default: 3 for a scratch draft, 1 for a trained one)")
+    group.add_argument("--lr", type=float, default=argparse.SUPPRESS, help="of Muon (default: 0.03 for a scratch draft, 0.01 for a trained one)")
+    group.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of the optimizer after each request (default: 3 for a scratch draft, 2 for a trained one)")
     group.add_argument("--reservoir", type=int, default=32, metavar="N", help="older requests that are kept in mind beside the last 32; 0 is none")
     group.add_argument("--gate", action=argparse.BooleanOptionalAction, default=True, help="learn only while it shows on new answers; take back what does not, and rest for 64 to 512 answers")
     group.add_argument("--publish-every", type=int, default=1, metavar="M", help="requests per served version")
@@ -352,7 +358,7 @@ def arguments(argv):
     args = parser.parse_args(argv)
     scratch = args.draft == "scratch"
     dtype = "bfloat16" if args.compile and fast_bfloat16() else "float32"
-    args = argparse.Namespace(**{"steps": 3 if scratch else 1, "lr": 0.05 if scratch else 0.01, "dtype": dtype} | vars(args))
+    args = argparse.Namespace(**{"steps": 3 if scratch else 2, "lr": 0.03 if scratch else 0.01, "dtype": dtype} | vars(args))
     if (args.compile or args.profile) and torch.device(args.device).type != "cpu":
         parser.error("--compile and --profile are for --device cpu")
     for name, low in (("requests", 1), ("max_new_tokens", 1), ("steps", 1), ("publish_every", 1), ("held_out", 0), ("reservoir", 0), ("threads", 0), ("top_k", 0), ("draft_vocab", 0)):
@@ -432,20 +438,26 @@ def read_prompts(path):
     return pairs
 
 
-def built_in_prompts(args, split="traffic", count=None):
-    """-> [(class, text)]: stretches of files of this split that start at a line, the same for the same seed."""
-    pairs = []
-    for kind in args.traffic.split(","):
-        if kind not in CLASSES:
-            raise UserError(f"unknown class of traffic {kind!r}: expected some of {','.join(CLASSES)}")
-        texts = [t for t in texts_of(kind, split) if len(t) > 2 * PROMPT_LENGTH]
-        if not texts:
-            raise UserError(f"this machine has no text of class {kind}: choose others with --traffic, or give --prompts")
-        chance = random.Random(f"{kind} {args.seed}")
-        for text in chance.choices(texts, weights=[len(t) for t in texts], k=args.requests if count is None else count):
-            start = text.find("\n", chance.randrange(len(text) - 2 * PROMPT_LENGTH)) + 1
-            pairs.append((kind, text[start : start + PROMPT_LENGTH] or text[:PROMPT_LENGTH]))
-    return pairs
+def built_in_prompts(args):
+    """-> [(class, text)], the same for the same seed.  A class that is named again goes on with new text."""
+    kinds = args.traffic.split(",")
+    texts = {kind: iter(stretches(kind, "traffic", kinds.count(kind) * args.requests, args.seed)) for kind in kinds}
+    blocks = [[(kind, text) for text in islice(texts[kind], args.requests)] for kind in kinds]
+    return list(chain(*(zip(*blocks) if args.in_turn else blocks)))
+
+
+def stretches(kind, split, count, seed):
+    """Stretches of files that start at a line."""
+    if kind not in CLASSES:
+        raise UserError(f"unknown class of traffic {kind!r}: expected some of {','.join(CLASSES)}")
+    texts = [t for t in texts_of(kind, split) if len(t) > 2 * PROMPT_LENGTH]
+    if not texts:
+        raise UserError(f"this machine has no text of class {kind}: choose others with --traffic, or give --prompts")
+    chance, out = random.Random(f"{kind} {seed}"), []
+    for text in chance.choices(texts, weights=[len(t) for t in texts], k=count):
+        start = text.find("\n", chance.randrange(len(text) - 2 * PROMPT_LENGTH)) + 1
+        out.append(text[start : start + PROMPT_LENGTH] or text[:PROMPT_LENGTH])
+    return out
 
 
 def encode(text, tokenizer):
@@ -475,8 +487,9 @@ def make_requests(pairs, args, tokenizer, context):
 
 
 def examined_requests(args, tokenizer, context):
+    pairs = [(kind, text) for kind in dict.fromkeys(args.traffic.split(",")) for text in stretches(kind, "eval", args.held_out, args.seed)]
     try:
-        return make_requests(built_in_prompts(args, "eval", args.held_out), args, tokenizer, context) if args.held_out else []
+        return make_requests(pairs, args, tokenizer, context)
     except UserError as error:
         raise UserError(f"{error}; or leave out the examination on held-out text with --held-out 0") from None
 
@@ -586,7 +599,7 @@ def main(argv=None):
     target, tokenizer, draft, static, state = load_models(args)
     context = min(m.config.max_position_embeddings for m in (target, draft, static) if m)
     requests = make_requests(pairs or built_in_prompts(args), args, tokenizer, context)
-    held_out = examined_requests(args, tokenizer, context) if not pairs and all(hasattr(d, "replay") for d in (draft, static) if d) else []
+    held_out = examined_requests(args, tokenizer, context) if args.held_out and not pairs and all(hasattr(d, "replay") for d in (draft, static) if d) else []
     served = twin(draft)
     learning = None if args.no_learn and not (args.save or args.export) else served
     for serves in (m for m in (served, static) if args.compile and m):

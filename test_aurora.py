@@ -1448,6 +1448,19 @@ def test_repeats_are_removed():
 WEIGHTS = HERE / "weights"
 
 
+def test_traffic_comes_in_blocks_or_in_turn(monkeypatch):
+    """A class that is named again goes on with new text, and what is examined is asked for once."""
+    texts = {kind: ["".join(f"{kind} line {i} of a file that is long enough\n" for i in range(400))] for kind in ("python", "cpp")}
+    monkeypatch.setattr(aurora, "texts_of", lambda kind, split: texts[kind])
+    served = lambda *more: aurora.built_in_prompts(aurora.arguments(["--requests", "3", *more]))
+    blocks, turns, alone = served("--traffic", "python,cpp,python"), served("--traffic", "python,cpp", "--in-turn"), served("--traffic", "python")
+    assert [kind for kind, _ in blocks] == ["python"] * 3 + ["cpp"] * 3 + ["python"] * 3 and len({text for _, text in blocks}) == 9
+    assert [kind for kind, _ in turns] == ["python", "cpp"] * 3 and turns[::2] == alone
+    assert all(text.startswith(kind) for kind, text in blocks + turns)
+    args = aurora.arguments(["--traffic", "python,cpp,python", "--held-out", "2"])
+    assert [r.kind for r in aurora.examined_requests(args, model.Bytes(model.load_target(args.target)[0].config), 2048)] == ["python"] * 2 + ["cpp"] * 2
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_shipped_weights_speculate(temperature):
     """The shipped target and static draft on their own traffic: close to two tokens a round or more."""
