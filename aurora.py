@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from itertools import chain, islice, zip_longest
+from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ EXAMINED = 5  # drafted tokens a round, where drafts are compared on held-out an
 
 
 def aurora(target, served, learner, static, requests, K, args, journal):
-    """The algorithm: every request is served by the newest draft, and its trace makes the next one."""
+    """The algorithm: every request is served by the newest version of the draft, and its trace makes the next one."""
     for request, arms in plan(requests, args.compare):
         for arm in arms:
             if arm == "online":
@@ -271,22 +271,22 @@ def plot(journal, path):
     classes = [r["class"] for r in journal.records if r["arm"] == "online"]  # of one request after the other
     begins = [i for i, kind in enumerate(classes) if i == 0 or kind != classes[i - 1]]
     for i in begins if len(begins) < 20 else ():
-        axes.axvline(i + 0.5, color="black", linewidth=0.5)
-        axes.annotate(f" {classes[i]}", (i + 0.5, 1.0), xycoords=("data", "axes fraction"), va="top")
+        axes.axvline(i, color="black", linewidth=0.5)
+        axes.annotate(f" {classes[i]}", (i, 1.0), xycoords=("data", "axes fraction"), va="top")
     for kind in journal.report():
         here = [i + 1 for i, k in enumerate(classes) if k == kind]
-        thick = [i if k == kind else float("nan") for i, k in enumerate(classes, 1)]  # a gap where others are served
+        thick = [i if kind in classes[max(0, i - 1) : i + 1] else float("nan") for i in range(len(classes) + 1)]  # not where others are served
         for arm, colour in colours.items():
-            served = [r["mean_acceptance_length"] for r in journal.of(kind, arm)]
-            requests = here[: len(served)]
-            axes.plot(requests, served, ".", color=colour, alpha=0.35, markersize=4)
+            served = [r["mean_acceptance_length"] for r in journal.of(kind, arm)][: len(here)]
+            axes.plot(here[: len(served)], served, ".", color=colour, alpha=0.35, markersize=4)
             if not journal.examined:  # a running mean instead
-                means = dict(zip(requests, (mean(served[max(0, i - len(served) // 3) : i + 1]) for i in range(len(served)))))
-                axes.plot(thick, [means.get(i, float("nan")) for i in range(1, len(classes) + 1)], color=colour, linewidth=2)
+                means = [mean(served[max(0, i - len(served) // 3) : i + 1]) for i in range(len(served))]
+                axes.plot(here[: len(served)], means, color=colour, linewidth=2)
         if journal.examined:
             curve = journal.held_out(kind)
             axes.plot(range(len(curve)), curve, color=colours["online"], linewidth=0.6)
-            axes.plot(thick, curve[1:], color=colours["online"], linewidth=2)
+            axes.plot(thick, curve, color=colours["online"], linewidth=2)
+            axes.annotate(kind, (len(classes), curve[-1]), fontsize=8)
         if journal.static:
             axes.plot(thick, [journal.static[kind]] * len(thick), color=colours["static"], linewidth=2)
     for arm, colour in colours.items():
@@ -320,7 +320,7 @@ def arguments(argv):
     group = parser.add_argument_group("traffic")
     group.add_argument("--traffic", default=",".join(CLASSES), help="classes, served one after the other; one may come again")
     group.add_argument("--in-turn", action="store_true", help="a request of each class in turn instead")
-    group.add_argument("--requests", type=int, default=12, help="per class")
+    group.add_argument("--requests", type=int, default=12, help="of each class that --traffic names")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with prompt and, optionally, class")
     one.add_argument("--prompt", metavar="TEXT", help="answer this one prompt, streaming")
@@ -338,7 +338,7 @@ def arguments(argv):
     group.add_argument("--lr", type=float, default=argparse.SUPPRESS, help="of Muon (default: 0.03 for a scratch draft, 0.01 for a trained one)")
     group.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of the optimizer after each request (default: 3 for a scratch draft, 2 for a trained one)")
     group.add_argument("--reservoir", type=int, default=32, metavar="N", help="older requests that are kept in mind beside the last 32; 0 is none")
-    group.add_argument("--gate", action=argparse.BooleanOptionalAction, default=True, help="learn only while it shows on new answers; take back what does not, and rest for 64 to 512 answers")
+    group.add_argument("--gate", action=argparse.BooleanOptionalAction, default=True, help="learn only while it shows on new answers; serve what is ahead there, take back what gains nothing, and rest for 64 to 512 answers")
     group.add_argument("--publish-every", type=int, default=1, metavar="M", help="requests per served version")
     group.add_argument("--no-learn", action="store_true")
     group = parser.add_argument_group("measuring and keeping")
@@ -381,6 +381,8 @@ def arguments(argv):
         parser.error(f"--lr must be positive, got {args.lr}")
     if not 0 <= args.target_side <= 1:
         parser.error(f"--target-side must lie in 0..1, got {args.target_side}")
+    if args.in_turn and (args.prompt is not None or args.prompts is not None):
+        parser.error("--in-turn is for the classes of --traffic: the order of --prompts is that of its file")
     if not 0 <= args.seed < 2**31:
         parser.error(f"--seed must lie in 0..2^31-1, got {args.seed}")
     check_outputs(args, parser)
@@ -441,7 +443,7 @@ def read_prompts(path):
 def built_in_prompts(args):
     """-> [(class, text)], the same for the same seed.  A class that is named again goes on with new text."""
     kinds = args.traffic.split(",")
-    texts = {kind: iter(stretches(kind, "traffic", kinds.count(kind) * args.requests, args.seed)) for kind in kinds}
+    texts = {kind: iter(stretches(kind, "traffic", kinds.count(kind) * args.requests, args.seed)) for kind in dict.fromkeys(kinds)}
     blocks = [[(kind, text) for text in islice(texts[kind], args.requests)] for kind in kinds]
     return list(chain(*(zip(*blocks) if args.in_turn else blocks)))
 
@@ -574,6 +576,7 @@ def stream(target, tokenizer, draft, request, args):
 
 
 def facts(target, draft, K, args, requests, compiled):
+    order = [kind for kind, _ in groupby(r.kind for r in requests)]
     count = lambda model: sum(p.numel() for p in model.parameters())
     weights = count(target) * target.lm_head.weight.element_size()
     c, layers = target.config, draft.config.num_hidden_layers
@@ -590,7 +593,7 @@ def facts(target, draft, K, args, requests, compiled):
           f"verify   {'kernels.cu' if kernel(torch.device(args.device).type) else 'the torch reference'}\n"
           f"{compiled}"
           f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, {args.steps} steps a request, a version every {args.publish_every}' + ', gated' * args.gate}\n"
-          f"traffic  {', '.join(dict.fromkeys(r.kind for r in requests))}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
+          f"traffic  {', '.join(order[:9])}{', ..' * (len(order) > 9)}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
 
 
 def main(argv=None):
@@ -611,7 +614,7 @@ def main(argv=None):
         return stream(target, tokenizer, served, requests[0], args)
     K = draft_lengths(target, served, static, args)
     learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, min(5, K["online"].longest),
-                      reservoir=args.reservoir, scratch=args.draft == "scratch", gate=args.gate and not args.no_learn, seed=args.seed)
+                      reservoir=args.reservoir, scratch=args.draft == "scratch", gate=args.gate or args.no_learn, seed=args.seed)
     learner.restore(state)
     facts(target, served, K["online"], args, requests, compiled)
     exam = examination(target, held_out) if held_out else None

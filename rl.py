@@ -213,9 +213,9 @@ warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # 
 
 
 def replaying(device):
-    """The context in which a draft replays and learns: products and attention in bfloat16, weights and the rest in float32,
-    where the processor multiplies bfloat16.  What the target said, and all serving, is left as it is."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else fast_bfloat16()
+    """The context in which a draft replays and learns: where the processor multiplies bfloat16, products and attention, and what
+    comes of them, in bfloat16; weights, losses and steps in float32.  What the target said, and all serving, is left as it is."""
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else fast_bfloat16()
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
@@ -256,11 +256,11 @@ def _law(trace, device):
     return Sampling([(trace.temperature, trace.top_p, trace.top_k)], device)
 
 
-def replay_rounds(draft, trace):
-    """The draft's logits (R, K, V) for the rounds of a trace, with gradient; where a round drafted less, for what
+def replay_rounds(draft, trace, rounds=slice(None)):
+    """The draft's logits (R, K, V) for those rounds of a trace, with gradient; where a round drafted less, for what
     stands in for its pads (-1)."""
-    chains = trace.draft_tokens[:, :-1].clamp(min=0)
-    return draft.replay(trace.features[None], trace.ids[None, 1:], trace.starts[None], chains[None])[0]
+    chains = trace.draft_tokens[rounds, :-1].clamp(min=0)
+    return draft.replay(trace.features[None], trace.ids[None, 1:], trace.starts[None, rounds], chains[None])[0]
 
 
 def replay_answer(draft, trace, K, places=None):
@@ -311,13 +311,13 @@ class Learner:
     """Learns in place on the draft it is given; what serves is a copy that the driver takes of a published version.
 
     target_side in 0..1 is the share of the loss that comes from the target's own tokens, in chains of `chain` that start
-    at `places` places of an answer, drawn at random; the rest comes from the draft's.  An update is `steps` optimizer
+    at `places` places of an answer, drawn at random; the rest comes from the draft's, of as many rounds.  An update is `steps` optimizer
     steps, each on two traces: first the new one and one from memory, then two from memory.  In memory are the last
     `recent` traces and, of all that are older, a sample of `reservoir` (Vitter 1985), so that what is no longer asked
     for is not forgotten.
 
     The rate is constant, since traffic has no end for it to fall towards.  What a falling rate is for, averaging does:
-    published is the mean of the weights over the last `horizon` steps or so (Polyak & Juditsky 1992).  That of a random
+    what may serve is the mean of the weights over the last `horizon` steps or so (Polyak & Juditsky 1992).  That of a random
     draft (`scratch`), which is soon far from where it began, spans a third of its steps at first.
 
     With a `gate` (versions.py) it learns only while that shows, and what does not show is taken back."""
@@ -332,7 +332,7 @@ class Learner:
         self.average = {name: once[id(p)] for name, p in draft.named_parameters(remove_duplicate=False) if id(p) in once}  # tied: two names
         self.averaged = 0 if scratch else 3 * horizon  # steps
         self.recent, self.reservoir, self.size, self.older = deque(maxlen=recent), [], reservoir, 0
-        self.updates, self.version, self.unpublished = 0, 0, 0  # traces learned from; newest version; how many it lacks
+        self.updates, self.version, self.unpublished = 0, 0, 0  # traces learned from; newest version; how many traces it lacks
         self.generator = torch.Generator().manual_seed(seed)
         self.acceptance = []  # its estimate, place by place
         self.gate = Gate() if gate and self.trained else None
@@ -347,20 +347,25 @@ class Learner:
         T, drafted, parts = trace.temperature, trace.drafted(), []
         draft_side = (1 - self.target_side) * drafted.float().mean().item()
         if draft_side > 0:
-            behaviour = trace.behaviour_logprobs[drafted]
-            target_logits, tokens = target_rows(self.draft, trace, trace.target_hidden[drafted, :-1], trace.draft_tokens[drafted])
-            logits = draft_rows(replay_rounds(self.draft, trace)[drafted], target_logits, trace)
+            rounds = self.some(drafted.nonzero()[:, 0])
+            behaviour = trace.behaviour_logprobs[rounds]
+            target_logits, tokens = target_rows(self.draft, trace, trace.target_hidden[rounds, :-1], trace.draft_tokens[rounds])
+            logits = draft_rows(replay_rounds(self.draft, trace, rounds), target_logits, trace)
             loss = policy_gradient_loss(logits, target_logits, tokens, T, self.estimator, behaviour)
             parts.append((draft_side, loss, acceptance(logits, target_logits, tokens, T, behaviour)))
         if draft_side < 1:
             if self.target_side > 0:
-                places = torch.randperm(len(trace.ids) - trace.prompt_length, generator=self.generator)[: self.places].sort().values.to(trace.ids.device)
+                places = self.some(torch.arange(len(trace.ids) - trace.prompt_length, device=trace.ids.device))
             else:
-                places = trace.starts[~drafted] + 2 - trace.prompt_length
+                places = self.some(trace.starts[~drafted] + 2 - trace.prompt_length)
             answer = replay_answer(self.draft, trace, self.chain, places)
             loss = target_side_loss(*answer, T, self.estimator)
             parts.append((1 - draft_side, loss, acceptance(*answer, T)))
         return sum(share * loss for share, loss, _ in parts), max(parts, key=lambda part: part[0])[2]
+
+    def some(self, all):
+        """At most `places` of them, drawn at random, in order."""
+        return all[torch.randperm(len(all), generator=self.generator)[: self.places].sort().values.to(all.device)]
 
     def update(self, trace):
         """Learns from one more trace, or does not -> {"learn_seconds"} and, if it does, "loss": the trace's own,
@@ -386,7 +391,10 @@ class Learner:
         if self.gate.rests(first.sum().item(), len(first)):
             return "rests"
         anchored, now = self.examine(self.anchor[0], trace), self.examine(self.average, trace)
+        served = self.gate.ahead
         verdict = self.gate.judge(expected_length(now) - expected_length(anchored))
+        if served and not self.gate.ahead:
+            self.unpublished = float("inf")  # the anchor is due at once
         self.acceptance = (now if self.gate.ahead else anchored).tolist()  # of what serves
         if verdict == "better":
             self.set_anchor()
@@ -410,12 +418,13 @@ class Learner:
         for optimizer in self.optimizers:
             optimizer.state.clear()
             optimizer.zero_grad()
-        self.averaged, self.unpublished = averaged, float("inf")
+        self.averaged = averaged
 
     def learn(self, trace):
         """`update` where it learns."""
         losses, staleness = [], []
-        self.updates, self.unpublished = self.updates + 1, self.unpublished + 1
+        self.updates += 1
+        self.unpublished += not self.gate or self.gate.ahead  # else the anchor goes on serving
         for step in range(self.steps):
             memory = [*self.recent, *self.reservoir]
             order = torch.randperm(len(memory), generator=self.generator).tolist()
@@ -460,7 +469,7 @@ class Learner:
         self.recent.append(trace)
 
     def publish(self):
-        """The weights that serve from now on; a new version if traces were learned from or taken back since the last."""
+        """The weights that serve from now on; a new version if others than the last."""
         if self.unpublished:
             self.version, self.unpublished = self.version + 1, 0
         return self.draft.state_dict() | (self.anchor[0] if self.gate and not self.gate.ahead else self.average)

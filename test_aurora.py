@@ -5,6 +5,7 @@ would raise a false alarm with probability 1e-6 (ALARM_Z).  Models are tiny and 
 are what is tested.
 """
 
+import contextlib
 import copy
 import gc
 import importlib.util
@@ -1034,36 +1035,86 @@ def same(a, b):
 
 @pytest.mark.parametrize("kind", ["head", "vocabulary", "small model"])
 def test_what_does_not_prove_better_is_taken_back(kind):
-    """The weights that learn and those that serve are the anchor's again, exactly, and are published whatever is due; while
-    the learner rests nothing moves, but traces are remembered."""
+    """The weights that learn are the anchor's again, exactly, which served all along; while the learner rests nothing moves,
+    but traces are remembered."""
     learner, trace = gated(-1.0, kind)
     begun = copied(learner.publish())
     assert [learner.update(trace)["verdict"] for _ in range(7)] == ["learns"] * 7
     assert not same(learner.draft.state_dict() | learner.average, begun)
     assert same(learner.publish(), begun)  # what is behind does not serve
-    version = learner.version
-    assert learner.update(trace)["verdict"] == "nothing gained" and learner.unpublished > 1e9
+    assert learner.update(trace)["verdict"] == "nothing gained"
     expected = rl.expected_length(learner.acceptance)  # what DraftLength is told, of what serves now
     assert expected == pytest.approx(rl.expected_length(rl.acceptance_on(learner.draft, trace, 4, 48)), abs=1e-5)
     assert same(learner.publish(), begun) and same(learner.draft.state_dict(), begun)
-    assert learner.version == version + 1 and not any(o.state for o in learner.optimizers)
+    assert learner.version == 0 and not any(o.state for o in learner.optimizers)
     assert "loss" not in learner.update(trace) and learner.unpublished == 0 and len(learner.recent) == 9
     assert same(learner.publish(), begun)
 
 
 def test_whichever_is_ahead_serves():
-    """By the sum of all comparisons since the anchor was set; and what is told of the acceptance is told of that one."""
+    """By the sum of all comparisons since the anchor was set; and what is told of the acceptance is told of that one.  A
+    version is what serves: none is made where the anchor goes on, and one at once where what serves falls behind."""
     learner, trace = gated()
-    gains, judge = iter([1.0, -3.0, 1.0, 2.0]), learner.gate.judge
+    gains, judge = iter([0.0, 1.0, 1.0, -3.0, 0.5, 1.0]), learner.gate.judge
     learner.gate.judge = lambda gain: judge(next(gains))
-    learner.update(trace), learner.publish()
-    anchor = learner.draft.state_dict() | learner.anchor[0]
-    for ahead in (False, False, True):
+    learner.update(trace)
+    anchor = copied(learner.draft.state_dict() | learner.anchor[0])
+    assert learner.unpublished == 0 and learner.publish() and learner.version == 0
+    for ahead, due, version in ((True, 1, 1), (True, 1, 2), (False, float("inf"), 3), (False, 0, 3), (True, 1, 4)):
         expected = {which: rl.acceptance_on(twin_with(learner, weights), trace, learner.chain, 48) for which, weights in
                     ((False, learner.anchor[0]), (True, learner.average))}
         learner.update(trace)
         torch.testing.assert_close(torch.tensor(learner.acceptance), expected[ahead], atol=1e-6, rtol=0)
+        assert learner.unpublished == due
         assert same(learner.publish(), learner.draft.state_dict() | learner.average if ahead else anchor)
+        assert learner.version == version
+
+
+def test_progress_that_is_no_hint_is_taken_back_and_the_acceptance_told_is_the_anchors():
+    learner, trace = gated()
+    learner.gate.gains = [1.0, -1.0] * 31 + [0.9]  # of 63 answers; z is then in 0..1
+    learner.update(trace)
+    assert learner.gate.resting and not learner.gate.ahead
+    examined = copy.deepcopy(learner)
+    examined.gate.gains, examined.gate.resting = [1.0, -1.0] * 31 + [0.9], 0
+    for p in examined.average.values():
+        p.add_(0.05)
+    examined.gate.judge = lambda gain, judge=examined.gate.judge: judge(0.0)
+    expected = rl.acceptance_on(twin_with(examined, examined.anchor[0]), trace, examined.chain, 48)
+    assert examined.update(trace)["verdict"] == "nothing gained"
+    torch.testing.assert_close(torch.tensor(examined.acceptance), expected, atol=1e-6, rtol=0)
+
+
+def test_a_resumed_learner_serves_and_learns_as_the_one_that_was_saved():
+    """Behind its anchor: the anchor serves, and what is learned by now is neither lost nor served."""
+    learner, trace = gated(-1.0)
+    for _ in range(3):
+        learner.update(trace)
+    resumed = rl.Learner(twin_with(learner, learner.publish()), "log", 1e-2, 1.0, horizon=4, gate=True)
+    resumed.restore(copy.deepcopy(learner.state()))
+    assert same(resumed.publish(), learner.publish()) and same(resumed.average, learner.average)
+    assert same(resumed.anchor[0], learner.anchor[0]) and not same(learner.average, learner.anchor[0])
+    assert same(resumed.draft.state_dict(), learner.draft.state_dict()) and resumed.gate.gains == learner.gate.gains == [-1.0] * 3
+    learner.gate.gains.append(7.0)
+    assert resumed.gate.gains == [-1.0] * 3
+
+
+def test_the_learner_multiplies_in_bfloat16_and_hardly_errs(monkeypatch):
+    """Where the processor has such products: they are what replays, and the gradient is that of float32 up to rounding."""
+    target = tiny_target(gain=2.0)
+    draft, seen = tiny_draft(target), []
+    trace, _ = generate(target, draft, request(new=40), 3)
+    monkeypatch.setattr(rl, "fast_bfloat16", lambda: fast)
+    monkeypatch.setattr("draft.attend", lambda q, *a, f=model.attend, **k: (seen.append(q.dtype), f(q, *a, **k))[1])
+    gradients = {}
+    for fast in (False, True):
+        learner = rl.Learner(twin(draft), "log", 1e-9, 1.0, places=10**6)
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, most: gradients.update(
+            {fast: torch.cat([p.grad.flatten().clone() for p in parameters if p.requires_grad])}) or torch.tensor(1.0))
+        learner.update(trace)
+        assert set(seen) == {torch.bfloat16 if fast else torch.float32} and all(p.dtype == torch.float32 for p in learner.draft.parameters())
+        seen.clear()
+    assert 0.99 < torch.cosine_similarity(gradients[True], gradients[False], 0) < 1 - 1e-7
 
 
 def twin_with(learner, weights):
@@ -1120,7 +1171,7 @@ def test_the_gate_knows_how_many_rounds_kept_a_token():
 
 
 def test_gate_on_the_command_line(files, tmp_path, monkeypatch, capsys):
-    """The anchor serves again from the request after it was gone back to, though a version is due every hundred only.  A
+    """What is behind does not serve, and what gains nothing is taken back.  A run that does not learn keeps what served, and a
     resumed learner goes on comparing with the anchor where the last one stopped."""
     judge = versions.Gate.judge
     monkeypatch.setattr(versions.Gate, "judge", lambda self, gain: judge(self, -1.0))
@@ -1136,18 +1187,20 @@ def test_gate_on_the_command_line(files, tmp_path, monkeypatch, capsys):
 
     out, lines = run("--save", f"{tmp_path}/kept")
     assert [x["gate"] for x in lines] == ["learns"] * 7 + ["nothing gained"] + ["rests"] * 4
-    assert [x["draft_version"] for x in lines] == [*range(8), 8, 8, 8, 8] and [x["update_loss"] is None for x in lines] == [False] * 7 + [True] * 5
+    assert [x["draft_version"] for x in lines] == [0] * 12 and [x["update_loss"] is None for x in lines] == [False] * 7 + [True] * 5
     assert "learned from 7 of 12 answers; found better 0 times, taken back 1 times (8)" in out and ", gated" in out
     begun = load(files / "draft.pt")[1]
-    assert same(load(tmp_path / "kept/v000008/draft.pt")[1], begun)
-    _, lines = run("--publish-every", "100")
-    assert [x["draft_version"] for x in lines] == [0] * 8 + [1] * 4
+    assert same(load(tmp_path / "kept/v000000/draft.pt")[1], begun)
     out, lines = run("--no-gate")
     assert "gate" not in out.replace("gate_proj", "") and {x["gate"] for x in lines} == {None}
 
     run("--save", f"{tmp_path}/two", prompts="short.txt")
-    assert same(load(tmp_path / "two/v000004/draft.pt")[1], begun)  # what serves; what is learned is with the learner
-    assert not same(begun | torch.load(tmp_path / "two/v000004.learner.pt")["average"], begun)
+    assert same(load(tmp_path / "two/v000000/draft.pt")[1], begun)  # what serves; what is learned is with the learner
+    assert not same(begun | torch.load(tmp_path / "two/v000000.learner.pt")["average"], begun)
+    for gate in ("--gate", "--no-gate"):
+        run("--no-learn", gate, "--save", f"{tmp_path}/same{gate}", prompts="short.txt", draft=f"{tmp_path}/two")
+        assert same(load(tmp_path / f"same{gate}/v000000/draft.pt")[1], begun)
+        assert torch.load(tmp_path / f"same{gate}/v000000.learner.pt")["gate"] == torch.load(tmp_path / "two/v000000.learner.pt")["gate"]
     _, lines = run("--save", f"{tmp_path}/two", prompts="short.txt", draft=f"{tmp_path}/two")
     assert [x["gate"] for x in lines] == ["learns"] * 3 + ["nothing gained"]
     assert same(aurora.load_learner(tmp_path / "two", model.load_target(files / "target.pt")[0])[0].state_dict(), begun)
@@ -1175,7 +1228,7 @@ def run(files, *more):
 
 
 def test_compare_reports_all_arms_and_logs_every_request(files, tmp_path, capsys):
-    run(files, "--compare", "--report", f"{tmp_path}/r.json", "--log", f"{tmp_path}/l.jsonl")
+    run(files, "--compare", "--no-gate", "--report", f"{tmp_path}/r.json", "--log", f"{tmp_path}/l.jsonl")
     report = json.loads((tmp_path / "r.json").read_text())
     assert set(report) == {"config", "classes"} and set(report["classes"]) == {"a", "b"}
     for arms in report["classes"].values():
@@ -1195,6 +1248,23 @@ def test_compare_reports_all_arms_and_logs_every_request(files, tmp_path, capsys
     assert "online" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("more", [["--compare"], ["--compare", "--no-learn"], []])
+def test_a_plot_of_whatever_there_is(files, tmp_path, monkeypatch, more):
+    """Classes in turn, and a run that ends in the middle of a comparison: each dot at its request, no more dots than requests."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    served, drawn = [], []
+    monkeypatch.setattr(aurora, "generate", lambda *a, **k: (served.append(1), generate(*a, **k))[1] if len(served) < (8 if more else 99) else 1 / 0)
+    plot = pyplot.Axes.plot
+    monkeypatch.setattr(pyplot.Axes, "plot", lambda self, x, y, *a, **k: (drawn.append((list(x), list(y))), plot(self, x, y, *a, **k))[1])
+    with pytest.raises(ZeroDivisionError) if more else contextlib.nullcontext():
+        run(files, "--log", f"{tmp_path}/l.jsonl", "--plot", f"{tmp_path}/p.png", *more)
+    lines = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
+    online = [x for x in lines if x["arm"] == "online"]
+    dots = {(x, y) for xs, ys in drawn for x, y in zip(xs, ys) if x == x}
+    assert (tmp_path / "p.png").stat().st_size > 5000
+    assert online and {(i + 1, x["mean_acceptance_length"]) for i, x in enumerate(online)} <= dots and max(x for x, _ in dots) == len(online)
+
+
 def test_what_is_published_is_what_serves(files, monkeypatch):
     """With a version every two requests: requests 1 and 2 are served by the first weights, 3 and 4 by those that two
     updates made, and so on; every version differs from the last."""
@@ -1204,7 +1274,7 @@ def test_what_is_published_is_what_serves(files, monkeypatch):
     published = lambda learner: torch.cat([learner.average.get(n, p).flatten() for n, p in learner.draft.named_parameters()])
     monkeypatch.setattr(aurora, "generate", lambda target, draft, *a, **k: (served.append(draft and weights(draft)), generate(target, draft, *a, **k))[1])
     monkeypatch.setattr(rl.Learner, "update", lambda self, trace: (update(self, trace), learned.append(published(self)))[0])
-    run(files, "--publish-every", "2")
+    run(files, "--publish-every", "2", "--no-gate")
     served = [w for w in served if w is not None]
     assert torch.equal(served[0], served[1]) and not torch.equal(served[1], served[2])
     assert torch.equal(served[2], learned[1]) and torch.equal(served[3], learned[1]) and torch.equal(served[4], learned[3])
@@ -1225,7 +1295,7 @@ def test_the_draft_that_serves_is_examined_on_answers_nobody_learns_from(files, 
         lines = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
         return [x["held_out"] for x in lines if x["arm"] == "online"], json.loads((tmp_path / "r.json").read_text())["held_out"]
 
-    lengths, report = held_out("--publish-every", "2")
+    lengths, report = held_out("--publish-every", "2", "--no-gate")
     begun, static, ended = ({kind: report[kind][name] for kind in report} for name in ("begun", "static", "ended"))
     assert set(begun) == {"python", "cpp"} and lengths[0] == begun != lengths[1] == lengths[2] != lengths[3] == ended
     assert all(1 < length < aurora.EXAMINED + 1 for length in [*begun.values(), *static.values()])
@@ -1280,7 +1350,7 @@ def test_save_and_resume_continue_the_versions(files, tmp_path):
     run(files, "--draft", f"{tmp_path}/kept", "--save", f"{tmp_path}/kept", "--publish-every", "2")
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["latest", "v000003", "v000003.learner.pt", "v000006", "v000006.learner.pt"]
     state = torch.load(tmp_path / "kept/v000006.learner.pt", weights_only=True)
-    assert state["updates"] == 12 and {int(s["step"]) for s in state["optimizers"][1]["state"].values()} == {6 * 3 + 6 * 1}  # from scratch, then trained
+    assert state["updates"] == 12 and {int(s["step"]) for s in state["optimizers"][1]["state"].values()} == {6 * 3 + 6 * 2}  # from scratch, then trained
     run(files, "--draft", f"{tmp_path}/kept/v000003", "--no-learn", "--save", f"{tmp_path}/other")  # one version, by name
     first, second = (torch.load(p, weights_only=True)["weights"] for p in (tmp_path / "kept/v000003/draft.pt", tmp_path / "other/v000003/draft.pt"))
     assert all(torch.equal(first[k], second[k]) for k in first)

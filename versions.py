@@ -31,7 +31,7 @@ class Gate:
 
     Until then whichever is ahead serves: what is learned by now where z > 0, else the anchor, so that steps which lead
     nowhere cost their time but no acceptance.
-    Of equals one comparison in thirty or so ends in "better".  A rest ends early when traffic shifts: the draft stands still
+    Of equals one comparison in twenty ends in "better".  A rest ends early when traffic shifts: the draft stands still
     then, and hardly moved before if nothing was gained, so what moves is the traffic."""
 
     def __init__(self):
@@ -67,7 +67,7 @@ class Gate:
     def judge(self, gain):
         """gain: how many more tokens a round an answer promises of what is learned by now than of the anchor
         -> "better", "nothing gained" or, too early to say, "learns"."""
-        self.gains.append(gain)
+        self.gains = [*self.gains, gain]
         n, z = len(self.gains), sum(self.gains) / max(1e-12, sum(d * d for d in self.gains)) ** 0.5
         self.ahead = z > 0
         if n < EARLIEST or (WORSE if n < PATIENCE else HINT) <= z <= BETTER:
