@@ -310,7 +310,7 @@ def optimizers(model, lr, weight_decay=0.0):
 class Learner:
     """Learns in place on the draft it is given; what serves is a copy that the driver takes of a published version.
 
-    target_side in 0..1 is the share of the loss that comes from the target's own tokens, in chains of `chain` that start
+    target_side in 0..1 is the share of the loss that comes from the target's own tokens, in chains up to `chain` that start
     at `places` places of an answer, drawn at random; the rest comes from the draft's, of as many rounds.  An update is `steps` optimizer
     steps, each on two traces: first the new one and one from memory, then two from memory.  In memory are the last
     `recent` traces and, of all that are older, a sample of `reservoir` (Vitter 1985), so that what is no longer asked
@@ -358,10 +358,16 @@ class Learner:
                 places = self.some(torch.arange(len(trace.ids) - trace.prompt_length, device=trace.ids.device))
             else:
                 places = self.some(trace.starts[~drafted] + 2 - trace.prompt_length)
-            answer = replay_answer(self.draft, trace, self.chain, places)
+            answer = replay_answer(self.draft, trace, self.reach(trace), places)
             loss = target_side_loss(*answer, T, self.estimator)
             parts.append((1 - draft_side, loss, acceptance(*answer, T)))
         return sum(share * loss for share, loss, _ in parts), max(parts, key=lambda part: part[0])[2]
+
+    def reach(self, trace):
+        """Places of a chain that matter: one more than the answer's rounds drafted on average, so that longer ones may come to
+        pay; from two up to `chain`."""
+        drafted = (trace.draft_tokens >= 0).sum(1).float().mean().item()
+        return min(self.chain, max(2, 1 + round(drafted)))
 
     def some(self, all):
         """At most `places` of them, drawn at random, in order."""
@@ -371,7 +377,7 @@ class Learner:
         """Learns from one more trace, or does not -> {"learn_seconds"} and, if it does, "loss": the trace's own,
         "expected_length", "staleness"; with a gate its "verdict".
 
-        expected_length: tokens a round to expect of chains of this length, on this answer, before it is learned from; of
+        expected_length: tokens a round to expect, in chains that `reach`, on this answer, before it is learned from; of
         the draft that serves next, or without a gate of the weights before their average, which does rather better.
         staleness: versions between the one that served a trace and the newest, mean over the traces learned from.
 
@@ -404,7 +410,7 @@ class Learner:
 
     def examine(self, weights, trace):
         self.examined.load_state_dict(self.draft.state_dict() | weights)
-        return acceptance_on(self.examined, trace, self.chain, self.places // 2)
+        return acceptance_on(self.examined, trace, self.reach(trace), self.places // 2)
 
     def set_anchor(self):
         self.anchor = {name: p.clone() for name, p in self.average.items()}, self.averaged
@@ -564,9 +570,10 @@ def in_earnest(logs, picture):
 
         figure, axes = pyplot.subplots(figsize=(7, 3.6), constrained_layout=True)
         for name, curves in runs.items():
-            requests, middle, spread = range(1, curves.shape[1] + 1), curves.mean(0), curves.std(0, correction=len(curves) > 1)
-            axes.plot(requests, middle, label=name)
-            axes.fill_between(requests, middle - spread, middle + spread, alpha=0.2)
+            requests = range(1, curves.shape[1] + 1)
+            mean, = axes.plot(requests, curves.mean(0), label=name, linewidth=2)
+            for curve in curves:
+                axes.plot(requests, curve, color=mean.get_color(), linewidth=0.6, alpha=0.7)
         axes.set(xlabel="requests learned from", ylabel="tokens a round, held-out answers")
         axes.legend()
         figure.savefig(picture, dpi=150)

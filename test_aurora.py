@@ -1099,6 +1099,17 @@ def test_a_resumed_learner_serves_and_learns_as_the_one_that_was_saved():
     assert resumed.gate.gains == [-1.0] * 3
 
 
+@pytest.mark.parametrize("drafted, reach", [((0, 0, 1), 2), ((1, 1, 2, 1), 2), ((2, 2), 3), ((2, 3, 3, 3), 4), ((8, 8), 5)])
+def test_chains_reach_one_place_past_what_was_drafted(drafted, reach, monkeypatch):
+    """Where the learner learns and where it examines: no longer, since the rest would cost time and could not show."""
+    learner, trace = gated(chain=5)
+    trace.draft_tokens = torch.stack([torch.cat([torch.zeros(n), -torch.ones(8 - n)]) for n in drafted]).long()
+    used = []
+    monkeypatch.setattr(rl, "replay_answer", lambda draft, trace, K, *a, f=rl.replay_answer: (used.append(K), f(draft, trace, K, *a))[1])
+    learner.loss(trace), learner.examine(learner.average, trace)
+    assert used == [reach] * 2
+
+
 def test_the_learner_multiplies_in_bfloat16_and_hardly_errs(monkeypatch):
     """Where the processor has such products: they are what replays, and the gradient is that of float32 up to rounding."""
     target = tiny_target(gain=2.0)
