@@ -286,7 +286,7 @@ def plot(journal, path):
             curve = journal.held_out(kind)
             axes.plot(range(len(curve)), curve, color=colours["online"], linewidth=0.6)
             axes.plot(thick, curve, color=colours["online"], linewidth=2)
-            axes.annotate(kind, (len(classes), curve[-1]), fontsize=8)
+            axes.annotate(f" {kind}", (len(classes), curve[-1]), fontsize=8, va="center")
         if journal.static:
             axes.plot(thick, [journal.static[kind]] * len(thick), color=colours["static"], linewidth=2)
     for arm, colour in colours.items():

@@ -397,9 +397,9 @@ class Learner:
         if self.gate.rests(first.sum().item(), len(first)):
             return "rests"
         anchored, now = self.examine(self.anchor[0], trace), self.examine(self.average, trace)
-        served = self.gate.ahead
+        was_ahead = self.gate.ahead
         verdict = self.gate.judge(expected_length(now) - expected_length(anchored))
-        if served and not self.gate.ahead:
+        if was_ahead and not self.gate.ahead:
             self.unpublished = float("inf")  # the anchor is due at once
         self.acceptance = (now if self.gate.ahead else anchored).tolist()  # of what serves
         if verdict == "better":
