@@ -716,8 +716,8 @@ def test_plain_rounds_teach_by_what_followed_them():
     draft = tiny_draft(target)
     run = Generation(target, draft, [request(new=30)], 3)
     list(serve.rounds(run, Changing(2, 0, 3, 0, 0, 1)))
-    trace, K, learner = run.trace(0), 4, rl.Learner(draft, "log", 1e-3, 0.0, chain=4)
-    logits, rows, tokens = rl.replay_answer(draft, trace, K)
+    trace, learner = run.trace(0), rl.Learner(draft, "log", 1e-3, 0.0, chain=4)
+    logits, rows, tokens = rl.replay_answer(draft, trace, learner.reach(trace))
     total = 0.0
     for r, start in enumerate(trace.starts.tolist()):
         if trace.draft_tokens[r, 0] < 0:
@@ -1356,9 +1356,9 @@ def test_same_seed_same_tokens_and_no_learn_keeps_the_draft(files, tmp_path):
 
 
 def test_save_and_resume_continue_the_versions(files, tmp_path):
-    run(files, "--save", f"{tmp_path}/kept", "--publish-every", "2")
+    run(files, "--save", f"{tmp_path}/kept", "--publish-every", "2", "--no-gate")
     assert (tmp_path / "kept/latest").read_text() == "v000003\n"
-    run(files, "--draft", f"{tmp_path}/kept", "--save", f"{tmp_path}/kept", "--publish-every", "2")
+    run(files, "--draft", f"{tmp_path}/kept", "--save", f"{tmp_path}/kept", "--publish-every", "2", "--no-gate")
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["latest", "v000003", "v000003.learner.pt", "v000006", "v000006.learner.pt"]
     state = torch.load(tmp_path / "kept/v000006.learner.pt", weights_only=True)
     assert state["updates"] == 12 and {int(s["step"]) for s in state["optimizers"][1]["state"].values()} == {6 * 3 + 6 * 2}  # from scratch, then trained
@@ -2707,10 +2707,10 @@ def test_driver_serves_saves_resumes_and_exports_a_pruned_head(checkpoint, hf, t
     """The pruning is fixed at creation: the lowest ids and the end tokens; a resumed run keeps it, so does an export."""
     edit(hf / "target/config.json", eos_token_id=280)
     try:
-        serve_checkpoint(hf, "--draft-vocab", 50, "--save", tmp_path / "kept", "--top-p", 0.9, "--top-k", 40)
-        serve_checkpoint(hf, "--draft", tmp_path / "kept", "--save", tmp_path / "kept", "--export", tmp_path / "out")
+        serve_checkpoint(hf, "--draft-vocab", 50, "--save", tmp_path / "kept", "--no-gate", "--top-p", 0.9, "--top-k", 40)
+        serve_checkpoint(hf, "--draft", tmp_path / "kept", "--save", tmp_path / "kept", "--no-gate", "--export", tmp_path / "out")
         assert "50 of 290 ids" in (said := capsys.readouterr().out) and "top-p 0.9, top-k 40" in said and f"exported to {tmp_path}/out" in said
-        serve_checkpoint(hf, "--draft", tmp_path / "out", "--save", tmp_path / "again", "--num-speculative-tokens", 2)
+        serve_checkpoint(hf, "--draft", tmp_path / "out", "--save", tmp_path / "again", "--no-gate", "--num-speculative-tokens", 2)
         serve_checkpoint(hf, "--draft", tmp_path / "again", "--no-learn", "--dtype", "bfloat16")
     finally:
         edit(hf / "target/config.json", eos_token_id=None)
@@ -2720,7 +2720,7 @@ def test_driver_serves_saves_resumes_and_exports_a_pruned_head(checkpoint, hf, t
 
 
 def test_driver_serves_a_small_model_and_prompt_lookup(checkpoint, hf, tmp_path, capsys):
-    serve_checkpoint(hf, "--draft", hf / "small", "--save", tmp_path / "kept", "--export", tmp_path / "out", "--compare", "--static", "ngram")
+    serve_checkpoint(hf, "--draft", hf / "small", "--save", tmp_path / "kept", "--no-gate", "--export", tmp_path / "out", "--compare", "--static", "ngram")
     serve_checkpoint(hf, "--draft", tmp_path / "kept", "--no-learn", "--compare", "--static", hf / "small")
     kept = torch.load(tmp_path / "kept/v000004/draft.pt", weights_only=True)["weights"]
     out, given = checkpoint.read_tensors(tmp_path / "out"), checkpoint.read_tensors(hf / "small")
