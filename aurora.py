@@ -613,6 +613,7 @@ def main(argv=None):
     if args.prompt is not None:
         return stream(target, tokenizer, served, requests[0], args)
     K = draft_lengths(target, served, static, args)
+    # The gate knows what is to be kept, so it is there even where nothing is learned.
     learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, min(5, K["online"].longest),
                       reservoir=args.reservoir, scratch=args.draft == "scratch", gate=args.gate or args.no_learn, seed=args.seed)
     learner.restore(state)

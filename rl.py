@@ -369,9 +369,11 @@ class Learner:
         drafted = (trace.draft_tokens >= 0).sum(1).float().mean().item()
         return min(self.chain, max(2, 1 + round(drafted)))
 
-    def some(self, all):
-        """At most `places` of them, drawn at random, in order."""
-        return all[torch.randperm(len(all), generator=self.generator)[: self.places].sort().values.to(all.device)]
+    def some(self, places):
+        """At most as many of these as the learner takes of an answer, drawn at random, in order."""
+        if len(places) <= self.places:
+            return places
+        return places[torch.randperm(len(places), generator=self.generator)[: self.places].sort().values.to(places.device)]
 
     def update(self, trace):
         """Learns from one more trace, or does not -> {"learn_seconds"} and, if it does, "loss": the trace's own,

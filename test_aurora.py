@@ -1399,6 +1399,7 @@ BAD = {
     "not known|missing|shape|draft": ["--static", "TARGET", "--draft", "static"],
     "at least 1": ["--num-speculative-tokens", "0"],
     "unknown class": ["--traffic", "python,perl"],
+    "the order of --prompts": ["--in-turn", "--prompt", "x"],
     "empty": ["--prompt", ""],
     "does not fit": ["--prompt", "x" * 250],
     "cannot read": ["--prompts", "nowhere.txt"],

@@ -30,7 +30,8 @@ class Gate:
                                         many each time that this is so again, up to 512
 
     Until then whichever is ahead serves: what is learned by now where z > 0, else the anchor, so that steps which lead
-    nowhere cost their time but no acceptance.
+    nowhere cost their time but hardly any acceptance.
+
     Of equals one comparison in twenty ends in "better".  A rest ends early when traffic shifts: the draft stands still
     then, and hardly moved before if nothing was gained, so what moves is the traffic."""
 
