@@ -335,8 +335,8 @@ def arguments(argv):
     group = parser.add_argument_group("learning")
     group.add_argument("--estimator", choices=ESTIMATORS, default="log", help="a rung of the ladder that python rl.py shows, from the biased textbook to Aurora's KL; each learns from either side")
     group.add_argument("--target-side", type=float, default=1.0, metavar="SHARE", help="of the loss that comes from the target's own tokens, 0 to 1")
-    group.add_argument("--lr", type=float, default=argparse.SUPPRESS, help="of Muon (default: 0.03 for a scratch draft, 0.01 for a trained one)")
-    group.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of the optimizer after each request (default: 3 for a scratch draft, 2 for a trained one)")
+    group.add_argument("--lr", type=float, default=argparse.SUPPRESS, help="of Muon (default: 0.03 for a scratch draft, 0.015 for a trained one)")
+    group.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of the optimizer after each request (default: 3 for a scratch draft, 1 for a trained one)")
     group.add_argument("--reservoir", type=int, default=32, metavar="N", help="older requests that are kept in mind beside the last 32; 0 is none")
     group.add_argument("--gate", action=argparse.BooleanOptionalAction, default=True, help="learn only while it shows on new answers; serve what is ahead there, take back what gains nothing, and rest for 64 to 512 answers")
     group.add_argument("--publish-every", type=int, default=1, metavar="M", help="requests per served version")
@@ -358,7 +358,7 @@ def arguments(argv):
     args = parser.parse_args(argv)
     scratch = args.draft == "scratch"
     dtype = "bfloat16" if args.compile and fast_bfloat16() else "float32"
-    args = argparse.Namespace(**{"steps": 3 if scratch else 2, "lr": 0.03 if scratch else 0.01, "dtype": dtype} | vars(args))
+    args = argparse.Namespace(**{"steps": 3 if scratch else 1, "lr": 0.03 if scratch else 0.015, "dtype": dtype} | vars(args))
     if (args.compile or args.profile) and torch.device(args.device).type != "cpu":
         parser.error("--compile and --profile are for --device cpu")
     for name, low in (("requests", 1), ("max_new_tokens", 1), ("steps", 1), ("publish_every", 1), ("held_out", 0), ("reservoir", 0), ("threads", 0), ("top_k", 0), ("draft_vocab", 0)):

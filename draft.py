@@ -58,7 +58,7 @@ class DraftLength:
     seconds: measured, of a round with K = 0, 1, .. longest drafted tokens.  Where nothing pays, a round with K = 1 still
     probes now and then, for at most `probing` of all the time, so a worthless draft costs that much and no more."""
 
-    def __init__(self, seconds, probing=0.02, hope=0.7):
+    def __init__(self, seconds, probing=0.01, hope=0.7):
         self.longest, self.seconds, self.probing, self.hope = len(seconds) - 1, seconds, probing, hope
         self.kept = [0.0] * self.longest  # each place's acceptances and
         self.tested = [0.0] * self.longest  # tests, old ones fading

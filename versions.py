@@ -4,6 +4,7 @@ Learning costs time, and steps that have nothing to learn still shake a draft th
 learned has to show, on answers that it has not learned from yet, or it is taken back.
 """
 
+from math import log2
 from pathlib import Path
 
 import torch
@@ -11,8 +12,8 @@ import torch
 from draft import load_draft
 from model import UserError, save
 
-EARLIEST, PATIENCE = 8, 64  # answers before the first verdict, and until less than a hint of progress is none
-BETTER, HINT, WORSE = 2.5, 1.0, -2.0  # standard errors
+EARLIEST, PATIENCE = 8, 32  # answers before the first verdict, and after which what is learned must be ahead
+BETTER = 2.5  # standard errors
 FIRST_REST, LONGEST_REST = 64, 512  # answers
 RECENT, REMEMBERED, SHIFT = 8, 72, 4.0  # answers, those that they are among, and standard errors: a shift of traffic
 
@@ -25,14 +26,17 @@ class Gate:
     learned from it, so the differences d_1 .. d_n since the anchor was set are a fair comparison with little noise:
     z = sum d / sqrt(sum d^2), at any n about standard normal where there is no difference.  From the 8th answer on,
 
-        z > 2.5                         better: what is learned by now is the anchor from now on
-        z < -2, from the 64th on z < 1  nothing gained: back to the anchor, and no learning for 64 answers; for twice as
-                                        many each time that this is so again, up to 512
+        z > 2.5           better: what is learned by now is the anchor from now on
+        z < log2(n / 32)  nothing gained: back to the anchor, and no learning for 64 answers; for twice as many each time
+                          that this is so again, up to 512
+
+    The second bound is at -2 when n = 8 and rises by 1 as n doubles: progress shows the better, the longer it lasts.  Where
+    there is none, learning ends after 30 answers or so; no comparison takes more than 181.
 
     Until then whichever is ahead serves: what is learned by now where z > 0, else the anchor, so that steps which lead
     nowhere cost their time but hardly any acceptance.
 
-    Of equals one comparison in twenty ends in "better".  A rest ends early when traffic shifts: the draft stands still
+    Of equals one comparison in twenty-five ends in "better".  A rest ends early when traffic shifts: the draft stands still
     then, and hardly moved before if nothing was gained, so what moves is the traffic."""
 
     def __init__(self):
@@ -71,7 +75,7 @@ class Gate:
         self.gains = [*self.gains, gain]
         n, z = len(self.gains), sum(self.gains) / max(1e-12, sum(d * d for d in self.gains)) ** 0.5
         self.ahead = z > 0
-        if n < EARLIEST or (WORSE if n < PATIENCE else HINT) <= z <= BETTER:
+        if n < EARLIEST or log2(n / PATIENCE) <= z <= BETTER:
             return "learns"
         self.gains = []
         if z > BETTER:
