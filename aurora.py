@@ -33,7 +33,7 @@ from draft import Draft, DraftLength, FixedLength, NGram, load_draft, twin
 from model import Bytes, UserError, fast_bfloat16, load_target
 from pretrain import CLASSES, texts_of
 from rl import ESTIMATORS, Learner, acceptance_on, expected_length
-from serve import LONGEST, Generation, Request, compile_forwards, generate, print_profile, rounds, seconds_per_round, slots_for
+from serve import LONGEST, Generation, Request, compile_forwards, generate, print_profile, print_sweep, rounds, seconds_per_round, slots_for
 from verify import NoDistribution, kernel
 from versions import load_learner, save_learner
 
@@ -354,6 +354,7 @@ def arguments(argv):
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default=argparse.SUPPRESS, help="(default: float32; with --compile bfloat16 where the processor multiplies it)")
     group.add_argument("--compile", action="store_true", help="compile the forwards first, minutes the first time, less from then on")
     group.add_argument("--profile", action="store_true", help="only print where a round's time goes, and how it grows with the context")
+    group.add_argument("--sweep", action="store_true", help="only serve every request at every draft length from 0 to %d, and at what auto chooses, in turn; best with --temperature 0, where all say the same" % LONGEST)
     group.add_argument("--threads", type=int, default=0, help="0: one for a target under 50M parameters, else as torch chooses")
     args = parser.parse_args(argv)
     scratch = args.draft == "scratch"
@@ -376,7 +377,7 @@ def arguments(argv):
         parser.error("--draft-vocab goes with --draft scratch: what a draft can say is fixed when it is made")
     if args.draft == "ngram" and (args.save or args.export):
         parser.error("--draft ngram has no weights: nothing to --save or --export")
-    args.no_learn = args.no_learn or args.draft == "ngram"
+    args.no_learn = args.no_learn or args.sweep or args.draft == "ngram"
     if not 0 < args.lr < float("inf"):
         parser.error(f"--lr must be positive, got {args.lr}")
     if not 0 <= args.target_side <= 1:
@@ -396,6 +397,8 @@ def check_outputs(args, parser):
         parser.error("--report, --log and --plot must be different files")
     if args.prompt is not None and (files or args.save or args.export or args.compare):
         parser.error("--prompt only answers: it goes with none of --report, --log, --plot, --save, --export, --compare")
+    if args.sweep and (files or args.save or args.export or args.compare or args.profile or args.prompt is not None or args.num_speculative_tokens != "auto"):
+        parser.error("--sweep only measures, at every draft length: it goes with none of --report, --log, --plot, --save, --export, --compare, --profile, --prompt, --num-speculative-tokens")
     if args.profile and (files or args.save or args.export or args.compare or args.prompt is not None or args.prompts is not None):
         parser.error("--profile only measures: it goes with none of --report, --log, --plot, --save, --export, --compare, --prompt, --prompts")
     for path in files:
@@ -618,6 +621,8 @@ def main(argv=None):
                       reservoir=args.reservoir, scratch=args.draft == "scratch", gate=args.gate or args.no_learn, seed=args.seed)
     learner.restore(state)
     facts(target, served, K["online"], args, requests, compiled)
+    if args.sweep:
+        return print_sweep(target, served, requests, K["online"])
     exam = examination(target, held_out) if held_out else None
     journal, trouble = Journal(args, len(requests), exam and (lambda: exam(served)), exam and static and exam(static)), None
     try:

@@ -367,3 +367,28 @@ def print_profile(target, draft, context, compiled, learning=None):
         bandwidth = read_bandwidth(size)
         print(f"plain decoding: {plain[0] / first:.2f} of its time at the shortest context; the target reads {size / 1e6:.0f} MB of weights a forward "
               f"at {size / plain[1] / 1e9:.1f} GB/s, {plain[1] * bandwidth / size:.2f} times what reading them alone takes ({bandwidth / 1e9:.1f} GB/s)")
+
+
+# ---- python aurora.py --sweep: every draft length beside the one that is found ------------------------------
+
+
+def print_sweep(target, draft, requests, auto):
+    """Every request with every number of drafted tokens, 0 to LONGEST, and with those that `auto` chooses, in turn: tokens
+    per second over those of plain decoding (K = 0), a column for each class and one for all of them."""
+    rules = {K: FixedLength(K) for K in range(LONGEST + 1)} | {"auto": auto}
+    tokens, seconds, drafted = Counter(), Counter(), []
+    for i, request in enumerate(tqdm(requests, unit="request", disable=None)):
+        for K in [*rules][i % len(rules):] + [*rules][:i % len(rules)]:
+            trace, taken = generate(target, draft, request, rules[K])
+            for kind in (request.kind, "all"):
+                tokens[K, kind] += len(trace.ids) - trace.prompt_length
+                seconds[K, kind] += taken
+            drafted += [(trace.draft_tokens >= 0).sum(1).float().mean().item()] if K == "auto" else []
+    kinds = [*dict.fromkeys(r.kind for r in requests), "all"]
+    rate = {key: tokens[key] / seconds[key] for key in tokens}
+    print("K     " + "".join(f"{kind:>10s}" for kind in kinds) + "   tokens/s")
+    for K in rules:
+        print(f"{K!s:6s}" + "".join(f"{rate[K, kind] / rate[0, kind]:10.2f}" for kind in kinds) + f"{rate[K, 'all']:11.1f}")
+    best = {kind: max(range(LONGEST + 1), key=lambda K: rate[K, kind]) for kind in kinds}
+    print(f"\nauto, {statistics.mean(drafted):.1f} drafted tokens a round, over the best fixed K:",
+          ", ".join(f"{kind} {rate['auto', kind] / rate[K, kind]:.2f} (K = {K})" for kind, K in best.items()))
