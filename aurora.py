@@ -201,10 +201,10 @@ class Journal:
     def verdicts(self):
         """What the gate said, and after which requests."""
         said = [r["gate"] for r in self.records if r["arm"] == "online"]
-        at = {v: [i + 1 for i, x in enumerate(said) if x == v] for v in ("better", "nothing gained")}
+        at = {v: [i + 1 for i, x in enumerate(said) if x == v] for v in ("better", "nothing gained", "falls back")}
         times = {v: f"{len(n)} times" + (f" ({'.., ' if len(n) > 4 else ''}{', '.join(map(str, n[-4:]))})" if n else "") for v, n in at.items()}
-        learned = sum(v in ("learns", "better") for v in said)
-        return f"gate     learned from {learned} of {len(said)} answers; found better {times['better']}, taken back {times['nothing gained']}"
+        learned = sum(v in ("learns", "better", "falls back") for v in said)
+        return f"gate     learned from {learned} of {len(said)} answers; found better {times['better']}, taken back {times['nothing gained']}, fell back {times['falls back']}"
 
     def held_out(self, kind):
         """Of the draft that serves: before the first request, and after each."""

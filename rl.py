@@ -337,7 +337,7 @@ class Learner:
         self.acceptance = []  # its estimate, place by place
         self.gate = Gate() if gate and self.trained else None
         if self.gate:
-            self.examined = twin(draft)
+            self.examined, self.fallback = twin(draft), None
             self.set_anchor()
 
     def loss(self, trace):
@@ -398,20 +398,25 @@ class Learner:
         first = trace.num_accepted[trace.drafted().cpu()] > 0  # of each round, whatever its length
         if self.gate.rests(first.sum().item(), len(first)):
             return "rests"
-        anchored, now = self.examine(self.anchor[0], trace), self.examine(self.average, trace)
-        was_ahead = self.gate.ahead
-        verdict = self.gate.judge(expected_length(now) - expected_length(anchored))
-        if was_ahead and not self.gate.ahead:
+        anchored, now = self.examine(self.anchor, trace), self.examine((self.average,), trace)
+        was_ahead, served = self.gate.ahead, now if self.gate.ahead else anchored
+        former = self.examine(self.fallback, trace) if self.fallback else served
+        verdict = self.gate.judge(expected_length(now) - expected_length(anchored), expected_length(former) - expected_length(served))
+        if was_ahead and not self.gate.ahead or verdict == "falls back":
             self.unpublished = float("inf")  # the anchor is due at once
-        self.acceptance = (now if self.gate.ahead else anchored).tolist()  # of what serves
+        self.acceptance = (former if verdict == "falls back" else now if self.gate.ahead else anchored).tolist()  # of what serves
         if verdict == "better":
+            self.fallback = self.fallback or self.anchor
             self.set_anchor()
-        elif verdict == "nothing gained":
+        elif verdict == "falls back":
+            self.anchor, self.fallback = self.fallback, self.anchor
+        if verdict in ("falls back", "nothing gained"):
             self.go_back(*self.anchor)
         return verdict
 
     def examine(self, weights, trace):
-        self.examined.load_state_dict(self.draft.state_dict() | weights)
+        """The acceptance on this answer of a draft with `weights[0]`."""
+        self.examined.load_state_dict(self.draft.state_dict() | weights[0])
         return acceptance_on(self.examined, trace, self.reach(trace), self.places // 2)
 
     def set_anchor(self):
@@ -486,7 +491,7 @@ class Learner:
         """What a resumed learner needs besides the published draft.  No trace: those are users' text."""
         return {"optimizers": [o.state_dict() for o in self.optimizers], "averaged": self.averaged, "updates": self.updates,
                 "version": self.version, "weights": {name: p.detach() for name, p in self.trained.items()}, "average": self.average,
-                "anchor": self.anchor if self.gate else None, "gate": vars(self.gate) if self.gate else None}
+                **({"anchor": self.anchor, "fallback": self.fallback, "gate": vars(self.gate)} if self.gate else dict.fromkeys(("anchor", "fallback", "gate")))}
 
     @torch.no_grad()
     def restore(self, state):
@@ -502,7 +507,7 @@ class Learner:
             self.updates, self.averaged, self.version = (state[name] for name in ("updates", "averaged", "version"))
             if self.gate and state["gate"]:
                 vars(self.gate).update(state["gate"])
-                self.anchor = state["anchor"]
+                self.anchor, self.fallback = state["anchor"], state["fallback"]
             elif self.gate:
                 self.set_anchor()
 

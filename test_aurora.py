@@ -979,6 +979,29 @@ def test_progress_is_waited_for_as_long_as_it_shows_the_better_the_longer_it_las
         assert verdicts(versions.Gate(), [-behind - 1.0, -behind + 1.0] * 4) == ["learns"] * 7 + [said]
 
 
+def test_what_once_served_is_gone_back_to_when_it_leads_again(trials=100):
+    """Differences of standard deviation 1: a fallback that is half of it behind for 200 answers, and then as much ahead.  What
+    was before does not weigh: after 40 answers four in five have changed places, after 24 on average; hardly one did for nothing."""
+    g = torch.Generator().manual_seed(0)
+    wrong, late, waited = 0, 0, []
+    for _ in range(trials):
+        gate = versions.Gate()
+        before, after = ([gate.judge(0.0, drift + x) for x in torch.randn(n, generator=g).tolist()] for drift, n in ((-0.5, 200), (0.5, 60)))
+        wrong += "falls back" in before
+        late += "falls back" not in after[:40]
+        waited += [after.index("falls back")] if "falls back" in after else []
+    assert wrong < 0.1 * trials and late < 0.3 * trials and sum(waited) / len(waited) < 30, (wrong, late, sum(waited) / len(waited))
+
+
+def test_there_is_no_rest_while_the_fallback_leads():
+    gate = versions.Gate()
+    assert [gate.judge(-1.0, lead) for lead in [9.0] + [0.0] * 20 + [-9.0]] == ["learns"] * 21 + ["nothing gained"]
+    gate = versions.Gate()
+    assert [gate.judge(-1.0, 1.0) for _ in range(8)] == ["learns"] * 7 + ["falls back"] and not (gate.resting or gate.leads or gate.ahead)
+    gate = versions.Gate()
+    assert [gate.judge(1.0, 0.5) for _ in range(8)] == ["learns"] * 7 + ["falls back"]  # though what is learned is better too
+
+
 def answers(gate, g, share, count, spread=0.05, tested=100):
     kept = (tested * (share + spread * torch.randn(count, generator=g))).round().clamp(0, tested).int().tolist()
     return ["rests" if gate.rests(k, tested) else gate.judge(-1.0) for k in kept]
@@ -1024,7 +1047,7 @@ def gated(gain=None, kind="head", **more):
     target.feature_layers = draft.feature_layers
     learner = rl.Learner(draft, "log", 1e-2, 1.0, horizon=4, gate=True, **more)
     if gain is not None:
-        learner.gate.judge = lambda d, judge=learner.gate.judge: judge(gain)
+        learner.gate.judge = lambda d, lead, judge=learner.gate.judge: judge(gain)
     return learner, generate(target, learner.draft, request(new=30), 3)[0]
 
 
@@ -1059,7 +1082,7 @@ def test_whichever_is_ahead_serves():
     version is what serves: none is made where the anchor goes on, and one at once where what serves falls behind."""
     learner, trace = gated()
     gains, judge = iter([0.0, 1.0, 1.0, -3.0, 0.5, 1.0]), learner.gate.judge
-    learner.gate.judge = lambda gain: judge(next(gains))
+    learner.gate.judge = lambda gain, lead: judge(next(gains))
     learner.update(trace)
     anchor = copied(learner.draft.state_dict() | learner.anchor[0])
     assert learner.unpublished == 0 and learner.publish() and learner.version == 0
@@ -1082,15 +1105,44 @@ def test_too_little_progress_is_taken_back_and_the_acceptance_told_is_the_anchor
     examined.gate.gains, examined.gate.resting = [1.0, -1.0] * 31 + [0.9], 0
     for p in examined.average.values():
         p.add_(0.05)
-    examined.gate.judge = lambda gain, judge=examined.gate.judge: judge(0.0)
+    examined.gate.judge = lambda gain, lead, judge=examined.gate.judge: judge(0.0)
     expected = rl.acceptance_on(twin_with(examined, examined.anchor[0]), trace, examined.chain, 48)
     assert examined.update(trace)["verdict"] == "nothing gained"
     torch.testing.assert_close(torch.tensor(examined.acceptance), expected, atol=1e-6, rtol=0)
 
 
+def test_the_first_anchor_is_the_fallback_and_changes_places_with_the_anchor():
+    """After "better" the draft that began is examined as well, against what serves; "falls back" serves and learns on from
+    it, and keeps what it replaces."""
+    learner, trace = gated(1.0)
+    begun = copied(learner.publish())
+    assert learner.fallback is None and [learner.update(trace)["verdict"] for _ in range(8)][-1] == "better"
+    assert same(learner.fallback[0], {name: begun[name] for name in learner.average}) and not same(learner.anchor[0], learner.fallback[0])
+    heard = []
+
+    def judge(gain, lead):
+        heard.append((gain, lead))
+        learner.gate.ahead = False
+        return "falls back"
+
+    for turn in range(2):
+        there, other = copied(learner.anchor[0]), copied(learner.fallback[0])
+        learner.gate.ahead, learner.gate.judge, optimizers = turn == 0, judge, [o.state for o in learner.optimizers]
+        expected = [rl.expected_length(learner.examine((w,), trace)) for w in (learner.average, there, other)]
+        learner.learn = lambda trace: {}  # looked at before it learns on
+        assert learner.update(trace)["verdict"] == "falls back" and learner.unpublished == float("inf")
+        served = expected[0] if turn == 0 else expected[1]
+        assert heard[-1] == pytest.approx((expected[0] - expected[1], expected[2] - served), abs=1e-6)
+        assert same(learner.anchor[0], other) and same(learner.fallback[0], there) and same(learner.average, other)
+        published = learner.publish()
+        assert all(torch.equal(published[name], w) and torch.equal(learner.trained[name], w) for name, w in other.items())
+        assert rl.expected_length(learner.acceptance) == pytest.approx(expected[2], abs=1e-6) and not any(optimizers)
+
+
 def test_a_resumed_learner_serves_and_learns_as_the_one_that_was_saved():
     """Behind its anchor: the anchor serves, and what is learned by now is neither lost nor served."""
     learner, trace = gated(-1.0)
+    learner.fallback = copied(learner.average), 5
     for _ in range(3):
         learner.update(trace)
     resumed = rl.Learner(twin_with(learner, learner.publish()), "log", 1e-2, 1.0, horizon=4, gate=True)
@@ -1098,6 +1150,7 @@ def test_a_resumed_learner_serves_and_learns_as_the_one_that_was_saved():
     assert same(resumed.publish(), learner.publish()) and same(resumed.average, learner.average)
     assert same(resumed.anchor[0], learner.anchor[0]) and not same(learner.average, learner.anchor[0])
     assert same(resumed.draft.state_dict(), learner.draft.state_dict()) and resumed.gate.gains == learner.gate.gains == [-1.0] * 3
+    assert same(resumed.fallback[0], learner.fallback[0]) and resumed.fallback[1] == 5
     learner.gate.gains.append(7.0)
     assert resumed.gate.gains == [-1.0] * 3
 
@@ -1109,7 +1162,7 @@ def test_chains_reach_one_place_past_what_was_drafted(drafted, reach, monkeypatc
     trace.draft_tokens = torch.stack([torch.cat([torch.zeros(n), -torch.ones(8 - n)]) for n in drafted]).long()
     used = []
     monkeypatch.setattr(rl, "replay_answer", lambda draft, trace, K, *a, f=rl.replay_answer: (used.append(K), f(draft, trace, K, *a))[1])
-    learner.loss(trace), learner.examine(learner.average, trace)
+    learner.loss(trace), learner.examine((learner.average,), trace)
     assert used == [reach] * 2
 
 
@@ -1142,7 +1195,7 @@ def test_what_proved_better_is_gone_back_to():
     said = [learner.update(trace)["verdict"] for _ in range(7)]
     judged = copied(learner.publish())  # what the eighth answer examines
     assert said + [learner.update(trace)["verdict"]] == ["learns"] * 7 + ["better"]
-    learner.gate.judge = lambda gain: "nothing gained"
+    learner.gate.judge = lambda gain, lead: "nothing gained"
     learner.update(trace)
     assert same(learner.publish(), judged)
 
@@ -1160,7 +1213,7 @@ def test_an_answer_is_examined_before_it_is_learned_from():
     target = tiny_target()
     gated, free = (rl.Learner(tiny_draft(target), "log", 1e-2, 1.0, chain=3, horizon=4, gate=gate) for gate in (True, False))
     anchor, gains = copy.deepcopy(gated.draft), []
-    gated.gate.judge, gated.gate.ahead = lambda gain: (gains.append(gain), "learns")[1], True
+    gated.gate.judge, gated.gate.ahead = lambda gain, lead: (gains.append(gain), "learns")[1], True
     for seed in range(3):
         trace, _ = generate(target, anchor, request(new=30, seed=seed), 3)
         learned = copy.deepcopy(anchor)
@@ -1188,7 +1241,7 @@ def test_gate_on_the_command_line(files, tmp_path, monkeypatch, capsys):
     """What is behind does not serve, and what gains nothing is taken back.  A run that does not learn keeps what served, and a
     resumed learner goes on comparing with the anchor where the last one stopped."""
     judge = versions.Gate.judge
-    monkeypatch.setattr(versions.Gate, "judge", lambda self, gain: judge(self, -1.0))
+    monkeypatch.setattr(versions.Gate, "judge", lambda self, gain, lead: judge(self, -1.0))
     (tmp_path / "p.txt").write_text("a prompt\n" * 12)
     (tmp_path / "short.txt").write_text("a prompt\n" * 4)
 
@@ -1202,7 +1255,7 @@ def test_gate_on_the_command_line(files, tmp_path, monkeypatch, capsys):
     out, lines = run("--save", f"{tmp_path}/kept")
     assert [x["gate"] for x in lines] == ["learns"] * 7 + ["nothing gained"] + ["rests"] * 4
     assert [x["draft_version"] for x in lines] == [0] * 12 and [x["update_loss"] is None for x in lines] == [False] * 7 + [True] * 5
-    assert "learned from 7 of 12 answers; found better 0 times, taken back 1 times (8)" in out and ", gated" in out
+    assert "learned from 7 of 12 answers; found better 0 times, taken back 1 times (8), fell back 0 times" in out and ", gated" in out
     begun = load(files / "draft.pt")[1]
     assert same(load(tmp_path / "kept/v000000/draft.pt")[1], begun)
     out, lines = run("--no-gate")

@@ -36,12 +36,21 @@ class Gate:
     Until then whichever is ahead serves: what is learned by now where z > 0, else the anchor, so that steps which lead
     nowhere cost their time but hardly any acceptance.
 
+    What is learned on one kind of traffic may cost acceptance on another.  So the first anchor is kept, as the *fallback*:
+    new answers also tell how many tokens a round more it promises than what serves.  These differences are summed up anew
+    whenever they sum to less than nothing (Page 1954), so that what was long ago does not weigh, and from the 8th on
+
+        z > 2.5           falls back: anchor and fallback change places, and learning goes on from there
+
+    As long as that is open the learner does not rest.
+
     Of equals one comparison in twenty-five ends in "better".  A rest ends early when traffic shifts: the draft stands still
     then, and hardly moved before if nothing was gained, so what moves is the traffic."""
 
     def __init__(self):
         self.resting, self.rest, self.ahead = 0, FIRST_REST, False
         self.gains = []  # d_1, d_2, ..
+        self.leads = []  # the fallback's, since they last summed to less than nothing
         self.kept = []  # of every answer: rounds whose first drafted token was kept, and all that drafted
 
     def rests(self, kept, tested):
@@ -69,20 +78,35 @@ class Gate:
         error = (spread * RECENT * (1 + RECENT / len(kept[before]))) ** 0.5
         return bool((kept - share * tested)[now].sum().abs() > SHIFT * error)
 
-    def judge(self, gain):
-        """gain: how many more tokens a round an answer promises of what is learned by now than of the anchor
-        -> "better", "nothing gained" or, too early to say, "learns"."""
-        self.gains = [*self.gains, gain]
-        n, z = len(self.gains), sum(self.gains) / max(1e-12, sum(d * d for d in self.gains)) ** 0.5
+    def judge(self, gain, lead=0.0):
+        """gain: how many more tokens a round an answer promises of what is learned by now than of the anchor; lead: of
+        the fallback than of what serves -> "better", "falls back", "nothing gained" or, too early to say, "learns"."""
+        self.gains, self.leads = [*self.gains, gain], [*self.leads, lead]
+        if sum(self.leads) <= 0:
+            self.leads = []
+        n, z = len(self.gains), standard(self.gains)
         self.ahead = z > 0
-        if n < EARLIEST or log2(n / PATIENCE) <= z <= BETTER:
+        if len(self.leads) >= EARLIEST and standard(self.leads) > BETTER:
+            verdict = "falls back"
+        elif n >= EARLIEST and z > BETTER:
+            verdict = "better"
+        elif n >= EARLIEST and z < log2(n / PATIENCE) and not self.leads:
+            verdict = "nothing gained"
+        else:
             return "learns"
-        self.gains = []
-        if z > BETTER:
+        self.gains, self.ahead = [], verdict == "better"
+        if verdict == "falls back":
+            self.leads = []
+        if verdict == "nothing gained":
+            self.resting, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)
+        else:
             self.rest = FIRST_REST
-            return "better"
-        self.resting, self.rest, self.ahead = self.rest, min(2 * self.rest, LONGEST_REST), False
-        return "nothing gained"
+        return verdict
+
+
+def standard(differences):
+    """Their sum in standard errors, about standard normal where the two are equal."""
+    return sum(differences) / max(1e-12, sum(d * d for d in differences)) ** 0.5
 
 
 # ---- on disk -----------------------------------------------------------------------------------------
@@ -110,7 +134,7 @@ def load_learner(directory, target):
         return draft, {}
     try:
         state = torch.load(beside, map_location="cpu", weights_only=True)
-        return draft, {name: state[name] for name in ("optimizers", "weights", "average", "averaged", "updates", "version", "anchor", "gate")}
+        return draft, {name: state[name] for name in ("optimizers", "weights", "average", "averaged", "updates", "version", "anchor", "fallback", "gate")}
     except KeyError as error:
         raise UserError(f"{beside} lacks {error}: another version wrote it; delete it to go on from the draft alone") from None
     except Exception as error:  # torch raises many kinds for a file that is not its own
