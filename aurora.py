@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from draft import Draft, DraftLength, FixedLength, NGram, load_draft, twin
+from draft import Chain, Draft, DraftLength, FixedLength, NGram, load_draft, twin
 from model import Bytes, UserError, fast_bfloat16, load_target
 from pretrain import CLASSES, texts_of
 from rl import ESTIMATORS, Learner, acceptance_on, expected_length
@@ -71,7 +71,7 @@ def draft_lengths(target, online, static, args):
     for draft in filter(None, (online, static)):
         if alike(draft, args) not in costs:
             costs[alike(draft, args)] = seconds_per_round(target, draft, args.temperature)
-    return {arm: DraftLength(costs[alike(draft, args)]) for arm, draft in (("static", static), ("online", online)) if draft}
+    return {arm: DraftLength(costs[alike(draft, args)], doubts=isinstance(draft, Chain)) for arm, draft in (("static", static), ("online", online)) if draft}
 
 
 def alike(draft, args):

@@ -32,13 +32,15 @@ from model import MLP, Attention, Cache, Transformer, UserError, add_tables, att
 class FixedLength:
     """Always draft K tokens."""
 
+    enough = None
+
     def __init__(self, K):
         self.longest = K
 
     def choose(self):
         return self.longest
 
-    def observe(self, K, accepted, seconds):
+    def observe(self, drafted, accepted, seconds):
         pass
 
     def trust(self, acceptance):
@@ -55,14 +57,23 @@ class DraftLength:
 
     where a_j is how often place j was accepted when it was put to the test, of late.  K = 0 is plain decoding.
 
+    A draft that `doubts` tells for every token how probable it held it, and what it doubts is seldom kept.  If drafting pays
+    at all, its chains go on as long as that does: k tokens, to which it gave the probability c together, are enough if at
+    the best of those rates no m > k is worth its time,
+
+        c sum_{k<i<=m} S_i / S_k  <  rate (seconds(m) - seconds(k)).
+
+    That is as lossless as a fixed length, since whether a place is drafted depends on the tokens before it alone.
+
     seconds: measured, of a round with K = 0, 1, .. longest drafted tokens.  Where nothing pays, a round with K = 1 still
     probes now and then, for at most `probing` of all the time, so a worthless draft costs that much and no more."""
 
-    def __init__(self, seconds, probing=0.01, hope=0.7):
+    def __init__(self, seconds, doubts=False, probing=0.01, hope=0.7):
         self.longest, self.seconds, self.probing, self.hope = len(seconds) - 1, seconds, probing, hope
         self.kept = [0.0] * self.longest  # each place's acceptances and
         self.tested = [0.0] * self.longest  # tests, old ones fading
         self.spent = self.probed = 0.0
+        self.doubts, self.enough = doubts, self.in_doubt if doubts else None
 
     def survival(self):
         """S_1, S_2, ..; a place that was hardly ever reached is taken to be like the one before it."""
@@ -79,29 +90,41 @@ class DraftLength:
         return [(1 + sum(S[:K])) / t for K, t in enumerate(self.seconds)]
 
     def choose(self):
+        """The most tokens that the next round may draft."""
         rates = self.rates()
-        best = rates.index(max(rates))
-        return 1 if best == 0 and self.probed < self.probing * self.spent else best
+        rate, S, t = max(rates), self.survival(), self.seconds
+        if rate == rates[0]:
+            return 1 if self.probed < self.probing * self.spent else 0
+        if not self.doubts:
+            return rates.index(rate)
+        self.worth = [min(rate * (t[m] - t[k]) * S[k - 1] / sum(S[k:m]) for m in range(k + 1, self.longest + 1))
+                      for k in range(1, self.longest)]  # after k tokens: how certain they must be
+        return self.longest
 
-    def observe(self, K, accepted, seconds):
-        """A round of K drafted tokens took `seconds`; `accepted`: of each row, how many were kept."""
-        rates = self.rates()
+    def in_doubt(self, k, certainty):
+        """Are k drafted tokens enough, by the probability (B, 1) that the draft gave them together?"""
+        return certainty < self.worth[k - 1]
+
+    def observe(self, drafted, accepted, seconds):
+        """A round took `seconds`; of each row, how many tokens it drafted and how many of them were kept."""
+        rates, K = self.rates(), max(drafted)
         if K and rates[0] == max(rates):
             self.probed += seconds * max(0.0, 1 - self.seconds[0] / self.seconds[K])  # a share: machines change their speed
         self.spent += seconds
-        for n in accepted if K else ():
-            for j in range(self.longest):
+        for K, n in zip(drafted, accepted):
+            for j in range(self.longest if K else 0):
                 reached = j < min(n + 1, K)
                 memory = 0.99 if reached else 0.95  # what is not looked at any more is sooner worth another look
                 self.kept[j] = memory * self.kept[j] + (j < n)
                 self.tested[j] = memory * self.tested[j] + reached
 
     def trust(self, acceptance, tests=10.0):
-        """The learner's estimate of the places' acceptance counts as so many tests: it knows what the draft has become,
-        and places that no round has reached.  What was seen of the draft before it counts less."""
+        """The learner's estimate of the places' acceptance makes up for tests, up to so many, that rounds did not make: it
+        knows what the draft has become.  What was seen of the draft before it counts less."""
         for j, a in enumerate(acceptance[: self.longest]):
-            self.kept[j] = 0.7 * self.kept[j] + tests * a
-            self.tested[j] = 0.7 * self.tested[j] + tests
+            missing = max(0.0, tests - 0.7 * self.tested[j])
+            self.kept[j] = 0.7 * self.kept[j] + missing * a
+            self.tested[j] = 0.7 * self.tested[j] + missing
 
     def __str__(self):
         ratios = " ".join(f"{t / self.seconds[0]:.2f}" for t in self.seconds[1:])
@@ -143,21 +166,30 @@ class Chain:
         return logits, token if self.vocabulary is None else self.vocabulary[token], logprob
 
     @torch.no_grad()
-    def propose(self, features, ids, positions, last, coins, sampling, cache):
-        """Draft K tokens for every row.
+    def propose(self, features, ids, positions, last, coins, sampling, cache, enough=None):
+        """Draft K tokens for every row, or fewer.
 
         features (B, T, 3D), ids (B, T), positions (B, T): what the target has read since the last round, each
             position with the token that follows it.  They overwrite what the draft had put there from its own
             guesses.  Row b's true entries are 0..last[b]; what comes after is padding and is written over.
         coins (B, K) float64, one uniform per drafted token; sampling: verify.Sampling of these rows.
+        enough(k, certainty): which rows (B, 1) stop after k tokens, given the probability that they have together; -1 pads
+            the rows that stop before others do.
         Returns draft_tokens (B, K) int64, draft_logits (B, K, V), exactly what they were drawn from: -inf where top-k and
         top-p cut, and at the ids that the draft cannot say, and the tokens' log-probabilities (B, K) float32.
         """
         h, *step = self.begin(features, ids, positions, cache, last, coins[:, :1], sampling)
-        steps, position = [step], positions.gather(1, last[:, None])
+        steps, position, certainty = [step], positions.gather(1, last[:, None]), 1.0
+        stopped = torch.zeros_like(step[1], dtype=torch.bool)
         for k in range(1, coins.shape[1]):
-            h, *step = self.go_on(h, steps[-1][1], position + k, cache, coins[:, k : k + 1], sampling)
-            steps.append(step)
+            if enough:
+                certainty = certainty * sampling.certainty(step[0], step[2])
+                stopped = stopped | enough(k, certainty)
+                if stopped.all():
+                    break
+            h, *step = self.go_on(h, step[1], position + k, cache, coins[:, k : k + 1], sampling)
+            logits, token, logprob = step
+            steps.append([logits, token.masked_fill(stopped, -1), logprob.masked_fill(stopped, 0.0)] if enough else step)
         logits, tokens, logprobs = (torch.cat(x, dim=1) for x in zip(*steps))
         if self.vocabulary is not None:
             everything = logits.new_full((*tokens.shape, self.config.vocab_size), float("-inf"))
@@ -329,8 +361,8 @@ class NGram(nn.Module):
     def new_cache(self, batch, length):
         return torch.zeros(batch, length, dtype=torch.int64)  # the text, token by token
 
-    def propose(self, features, ids, positions, last, coins, sampling, cache):
-        """As Chain.propose, but outright: no logits, and a log-probability of 0; -1 where nothing was found."""
+    def propose(self, features, ids, positions, last, coins, sampling, cache, enough=None):
+        """As Chain.propose, but outright: no logits, and a log-probability of 0; -1 where nothing was found.  It has no doubts."""
         cache[torch.arange(len(ids))[:, None], positions.cpu() + 1] = ids.cpu()
         ends = positions.gather(1, last[:, None])[:, 0].tolist()
         found = [self.lookup(text[1 : end + 2], coins.shape[1]) for text, end in zip(cache, ends)]

@@ -339,6 +339,7 @@ class Learner:
         if self.gate:
             self.examined, self.fallback = twin(draft), None
             self.set_anchor()
+            self.begun = None if scratch else self.anchor
 
     def loss(self, trace):
         """-> the loss, with gradient, and the acceptance at each place of the chain (K,).
@@ -405,9 +406,10 @@ class Learner:
         if was_ahead and not self.gate.ahead or verdict == "falls back":
             self.unpublished = float("inf")  # the anchor is due at once
         self.acceptance = (former if verdict == "falls back" else now if self.gate.ahead else anchored).tolist()  # of what serves
+        if verdict == "better" or verdict == "falls back" and was_ahead:
+            self.set_anchor()  # what serves
         if verdict == "better":
-            self.fallback = self.fallback or self.anchor
-            self.set_anchor()
+            self.fallback = self.begun
         elif verdict == "falls back":
             self.anchor, self.fallback = self.fallback, self.anchor
         if verdict in ("falls back", "nothing gained"):
@@ -491,7 +493,7 @@ class Learner:
         """What a resumed learner needs besides the published draft.  No trace: those are users' text."""
         return {"optimizers": [o.state_dict() for o in self.optimizers], "averaged": self.averaged, "updates": self.updates,
                 "version": self.version, "weights": {name: p.detach() for name, p in self.trained.items()}, "average": self.average,
-                **({"anchor": self.anchor, "fallback": self.fallback, "gate": vars(self.gate)} if self.gate else dict.fromkeys(("anchor", "fallback", "gate")))}
+                **{name: getattr(self, name) if self.gate else None for name in ("anchor", "fallback", "begun")}, "gate": vars(self.gate) if self.gate else None}
 
     @torch.no_grad()
     def restore(self, state):
@@ -507,7 +509,7 @@ class Learner:
             self.updates, self.averaged, self.version = (state[name] for name in ("updates", "averaged", "version"))
             if self.gate and state["gate"]:
                 vars(self.gate).update(state["gate"])
-                self.anchor, self.fallback = state["anchor"], state["fallback"]
+                self.anchor, self.fallback, self.begun = (state[name] for name in ("anchor", "fallback", "begun"))
             elif self.gate:
                 self.set_anchor()
 

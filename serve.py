@@ -78,8 +78,9 @@ class Generation:
         return not any(self.active(b) for b in range(len(self.requests)))
 
     @torch.no_grad()
-    def round(self, K=None):
-        """Draft, verify, commit.  Returns per row (accepted tokens, the target's own token); None if complete."""
+    def round(self, K=None, enough=None):
+        """Draft up to K tokens, as long as they are not `enough` (Chain.propose); verify, commit.
+        Returns per row (accepted tokens, the target's own token); None if complete."""
         K = self.K if K is None else K
         uniforms = torch.stack([torch.rand(2 * K + 1, generator=g, dtype=torch.float64) for g in self.generators])
         uniforms = uniforms.to(self.device)
@@ -88,7 +89,8 @@ class Generation:
         draft_logits, nothing = None, torch.empty(len(self.requests), 0, device=self.device)
         draft_tokens, behaviour = nothing.long(), nothing
         if K:
-            draft_tokens, draft_logits, behaviour = self.draft.propose(*self.fresh(), uniforms[:, :K], self.sampling, self.draft_cache)
+            draft_tokens, draft_logits, behaviour = self.draft.propose(*self.fresh(), uniforms[:, :K], self.sampling, self.draft_cache, enough)
+        uniforms, K = uniforms[:, K:], draft_tokens.shape[1]
 
         # Verify: the last committed token and the drafted ones, each where it stands.
         length = [len(ids) for ids in self.committed]
@@ -97,10 +99,11 @@ class Generation:
         block = torch.cat([last_token, draft_tokens.clamp(min=0)], dim=1)  # (B, K+1)
         hidden, features, target_logits = self.target.verify(block, positions, self.target_cache)
         target_logits = self.sampling.filter(target_logits)  # (B, K+1, V)
-        num_accepted, next_token = accept(target_logits, draft_logits, draft_tokens, uniforms[:, K:], self.sampling.temperature)
+        num_accepted, next_token = accept(target_logits, draft_logits, draft_tokens, uniforms[:, : K + 1], self.sampling.temperature)
 
         # Commit: nothing is undone, the next round goes on from `length` and writes over what was rejected.
         output = []
+        self.drafted = (draft_tokens >= 0).sum(1).tolist() if enough else [K] * len(self.requests)
         drafted, decided = draft_tokens.tolist(), torch.stack([num_accepted, next_token], 1).tolist()
         for b, (n, own) in enumerate(decided):
             if not self.active(b):  # a finished row stands still
@@ -144,9 +147,10 @@ class Generation:
 def rounds(generation, draft_length):
     """Round after round until every request is complete, each as long as `draft_length` says."""
     while not generation.done:
-        begun, K = time.perf_counter(), draft_length.choose()
-        output = generation.round(K)
-        draft_length.observe(K, [len(kept) for kept, _ in filter(None, output)], time.perf_counter() - begun)
+        begun = time.perf_counter()
+        output = generation.round(draft_length.choose(), draft_length.enough)
+        widths, kept = zip(*((width, len(out[0])) for width, out in zip(generation.drafted, output) if out))
+        draft_length.observe(widths, kept, time.perf_counter() - begun)
         yield output
 
 
@@ -380,15 +384,15 @@ def print_sweep(target, draft, requests, auto):
     for i, request in enumerate(tqdm(requests, unit="request", disable=None)):
         for K in [*rules][i % len(rules):] + [*rules][:i % len(rules)]:
             trace, taken = generate(target, draft, request, rules[K])
-            for kind in (request.kind, "all"):
-                tokens[K, kind] += len(trace.ids) - trace.prompt_length
+            for kind in (request.kind, None):
+                tokens[K, kind] += min(len(trace.ids) - trace.prompt_length, request.max_new_tokens)
                 seconds[K, kind] += taken
             drafted += [(trace.draft_tokens >= 0).sum(1).float().mean().item()] if K == "auto" else []
-    kinds = [*dict.fromkeys(r.kind for r in requests), "all"]
+    kinds = {kind: kind for kind in dict.fromkeys(r.kind for r in requests)} | {None: "all"}
     rate = {key: tokens[key] / seconds[key] for key in tokens}
-    print("K     " + "".join(f"{kind:>10s}" for kind in kinds) + "   tokens/s")
+    print("K     " + "".join(f"{kind:>10s}" for kind in kinds.values()) + "   tokens/s")
     for K in rules:
-        print(f"{K!s:6s}" + "".join(f"{rate[K, kind] / rate[0, kind]:10.2f}" for kind in kinds) + f"{rate[K, 'all']:11.1f}")
+        print(f"{K!s:6s}" + "".join(f"{rate[K, kind] / rate[0, kind]:10.2f}" for kind in kinds) + f"{rate[K, None]:11.1f}")
     best = {kind: max(range(LONGEST + 1), key=lambda K: rate[K, kind]) for kind in kinds}
     print(f"\nauto, {statistics.mean(drafted):.1f} drafted tokens a round, over the best fixed K:",
-          ", ".join(f"{kind} {rate['auto', kind] / rate[K, kind]:.2f} (K = {K})" for kind, K in best.items()))
+          ", ".join(f"{kinds[kind]} {rate['auto', kind] / rate[K, kind]:.2f} (K = {K})" for kind, K in best.items()))

@@ -86,7 +86,7 @@ class Sampling:
         self.temperature = torch.tensor(temperature, dtype=torch.float64, device=device)  # (B,) each
         self.top_p = torch.tensor(top_p, dtype=torch.float64, device=device)
         self.top_k = torch.tensor(top_k, dtype=torch.int64, device=device)
-        self.cuts = any(p < 1 or k > 0 for _, p, k in laws)
+        self.cuts, self.greedy = any(p < 1 or k > 0 for _, p, k in laws), 0 in temperature
 
     def filter(self, logits):
         """(B, ..., V) -> the same, -inf where a row's top-k and top-p cut."""
@@ -99,6 +99,13 @@ class Sampling:
         p = probabilities(logits, self.temperature[:, None])
         token = inverse_cdf(p, coins)
         return logits, token, p.gather(-1, token[..., None]).squeeze(-1).log().float()
+
+    def certainty(self, logits, logprob):
+        """Of what `draw` returned: how probable a token was, (B, T); at temperature 0, as if that were 1."""
+        if self.greedy:
+            greedily = (logits.amax(-1) - logits.logsumexp(-1)).float()
+            logprob = torch.where(self.temperature[:, None] > 0, logprob, greedily)
+        return logprob.exp()
 
 
 class NoDistribution(ValueError):

@@ -31,18 +31,20 @@ class Gate:
                           that this is so again, up to 512
 
     The second bound is at -2 when n = 8 and rises by 1 as n doubles: progress shows the better, the longer it lasts.  Where
-    there is none, learning ends after 30 answers or so; no comparison takes more than 181.
+    there is none, learning ends after 30 answers or so; hardly a comparison takes more than 181.
 
     Until then whichever is ahead serves: what is learned by now where z > 0, else the anchor, so that steps which lead
     nowhere cost their time but hardly any acceptance.
 
-    What is learned on one kind of traffic may cost acceptance on another.  So the first anchor is kept, as the *fallback*:
-    new answers also tell how many tokens a round more it promises than what serves.  These differences are summed up anew
-    whenever they sum to less than nothing (Page 1954), so that what was long ago does not weigh, and from the 8th on
+    What is learned on one kind of traffic may cost acceptance on another.  So the draft that began is kept, as the *fallback*
+    (a random one is none): while it learns, new answers also tell how many tokens a round more that promises than what
+    serves.  These differences are summed up anew whenever they sum to less than nothing (Page 1954), so that what was long
+    ago does not weigh, and from the 8th on
 
-        z > 2.5           falls back: anchor and fallback change places, and learning goes on from there
+        z > 2.5           falls back: the fallback is the anchor, and what served is the fallback, until what is learned from
+                          there proves better
 
-    As long as that is open the learner does not rest.
+    While that is likely (z > 1) the learner does not rest.
 
     Of equals one comparison in twenty-five ends in "better".  A rest ends early when traffic shifts: the draft stands still
     then, and hardly moved before if nothing was gained, so what moves is the traffic."""
@@ -90,13 +92,13 @@ class Gate:
             verdict = "falls back"
         elif n >= EARLIEST and z > BETTER:
             verdict = "better"
-        elif n >= EARLIEST and z < log2(n / PATIENCE) and not self.leads:
+        elif n >= EARLIEST and z < log2(n / PATIENCE) and standard(self.leads) <= 1:
             verdict = "nothing gained"
         else:
             return "learns"
         self.gains, self.ahead = [], verdict == "better"
         if verdict == "falls back":
-            self.leads = []
+            self.leads, self.kept = [], []  # another draft keeps more, which is no shift of traffic
         if verdict == "nothing gained":
             self.resting, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)
         else:
@@ -134,7 +136,7 @@ def load_learner(directory, target):
         return draft, {}
     try:
         state = torch.load(beside, map_location="cpu", weights_only=True)
-        return draft, {name: state[name] for name in ("optimizers", "weights", "average", "averaged", "updates", "version", "anchor", "fallback", "gate")}
+        return draft, {name: state[name] for name in ("optimizers", "weights", "average", "averaged", "updates", "version", "anchor", "fallback", "begun", "gate")}
     except KeyError as error:
         raise UserError(f"{beside} lacks {error}: another version wrote it; delete it to go on from the draft alone") from None
     except Exception as error:  # torch raises many kinds for a file that is not its own
