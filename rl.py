@@ -24,7 +24,8 @@ The indicator 1[q < p] is what the textbook leaves out.  With alpha_j = sum_v mi
 = 0, so b * q / behaviour may be subtracted, outside the indicator, as long as b depends on the tokens before x_i alone.
 log is the default: its gradient is 1/alpha larger where grad alpha vanishes, and it ended highest in the README's experiment.
 
-All of it is conditional on where rounds start; that the draft also moves the starts is ignored.
+All of it is conditional on where rounds start, and on the rule by which the draft's doubts end their chains
+(draft.DraftLength); that the draft also moves the starts, and its own doubts, is ignored.
 
 Letters: R rounds, K drafted tokens a round, V vocabulary, T tokens of a sequence.
 """
