@@ -204,7 +204,8 @@ class Journal:
         at = {v: [i + 1 for i, x in enumerate(said) if x == v] for v in ("better", "nothing gained", "falls back")}
         times = {v: f"{len(n)} times" + (f" ({'.., ' if len(n) > 4 else ''}{', '.join(map(str, n[-4:]))})" if n else "") for v, n in at.items()}
         learned = sum(v in ("learns", "better", "falls back") for v in said)
-        return f"gate     learned from {learned} of {len(said)} answers; found better {times['better']}, taken back {times['nothing gained']}, fell back {times['falls back']}"
+        return (f"gate     learned from {learned} of {len(said)} answers; found better {times['better']}, "
+                f"taken back {times['nothing gained']}, fell back {times['falls back']}")
 
     def held_out(self, kind):
         """Of the draft that serves: before the first request, and after each."""
@@ -354,7 +355,7 @@ def arguments(argv):
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default=argparse.SUPPRESS, help="(default: float32; with --compile bfloat16 where the processor multiplies it)")
     group.add_argument("--compile", action="store_true", help="compile the forwards first, minutes the first time, less from then on")
     group.add_argument("--profile", action="store_true", help="only print where a round's time goes, and how it grows with the context")
-    group.add_argument("--sweep", action="store_true", help="only serve every request at every draft length from 0 to %d, and at what auto chooses, in turn; best with --temperature 0, where all say the same" % LONGEST)
+    group.add_argument("--sweep", action="store_true", help=f"only serve every request at every draft length from 0 to {LONGEST}, and at what auto chooses, in turn; best with --temperature 0, where all say the same")
     group.add_argument("--threads", type=int, default=0, help="0: one for a target under 50M parameters, else as torch chooses")
     args = parser.parse_args(argv)
     scratch = args.draft == "scratch"

@@ -73,7 +73,7 @@ class DraftLength:
         self.kept = [0.0] * self.longest  # each place's acceptances and
         self.tested = [0.0] * self.longest  # tests, old ones fading
         self.spent = self.probed = 0.0
-        self.doubts, self.enough = doubts, self.in_doubt if doubts else None
+        self.enough = self.in_doubt if doubts else None
 
     def survival(self):
         """S_1, S_2, ..; a place that was hardly ever reached is taken to be like the one before it."""
@@ -95,7 +95,7 @@ class DraftLength:
         rate, S, t = max(rates), self.survival(), self.seconds
         if rate == rates[0]:
             return 1 if self.probed < self.probing * self.spent else 0
-        if not self.doubts:
+        if not self.enough:
             return rates.index(rate)
         self.worth = [min(rate * (t[m] - t[k]) * S[k - 1] / sum(S[k:m]) for m in range(k + 1, self.longest + 1))
                       for k in range(1, self.longest)]  # after k tokens: how certain they must be
@@ -107,9 +107,9 @@ class DraftLength:
 
     def observe(self, drafted, accepted, seconds):
         """A round took `seconds`; of each row, how many tokens it drafted and how many of them were kept."""
-        rates, K = self.rates(), max(drafted)
-        if K and rates[0] == max(rates):
-            self.probed += seconds * max(0.0, 1 - self.seconds[0] / self.seconds[K])  # a share: machines change their speed
+        rates = self.rates()
+        if max(drafted) and rates[0] == max(rates):
+            self.probed += seconds * max(0.0, 1 - self.seconds[0] / self.seconds[max(drafted)])  # a share: machines change their speed
         self.spent += seconds
         for K, n in zip(drafted, accepted):
             for j in range(self.longest if K else 0):

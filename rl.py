@@ -400,9 +400,9 @@ class Learner:
         first = trace.num_accepted[trace.drafted().cpu()] > 0  # of each round, whatever its length
         if self.gate.rests(first.sum().item(), len(first)):
             return "rests"
-        anchored, now = self.examine(self.anchor, trace), self.examine((self.average,), trace)
+        anchored, now = self.examine(self.anchor[0], trace), self.examine(self.average, trace)
         was_ahead, served = self.gate.ahead, now if self.gate.ahead else anchored
-        former = self.examine(self.fallback, trace) if self.fallback else served
+        former = self.examine(self.fallback[0], trace) if self.fallback else served
         verdict = self.gate.judge(expected_length(now) - expected_length(anchored), expected_length(former) - expected_length(served))
         if was_ahead and not self.gate.ahead or verdict == "falls back":
             self.unpublished = float("inf")  # the anchor is due at once
@@ -418,8 +418,8 @@ class Learner:
         return verdict
 
     def examine(self, weights, trace):
-        """The acceptance on this answer of a draft with `weights[0]`."""
-        self.examined.load_state_dict(self.draft.state_dict() | weights[0])
+        """The acceptance on this answer of the draft with these weights."""
+        self.examined.load_state_dict(self.draft.state_dict() | weights)
         return acceptance_on(self.examined, trace, self.reach(trace), self.places // 2)
 
     def set_anchor(self):

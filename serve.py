@@ -380,15 +380,22 @@ def print_sweep(target, draft, requests, auto):
     """Every request with every number of drafted tokens, 0 to LONGEST, and with those that `auto` chooses, in turn: tokens
     per second over those of plain decoding (K = 0), a column for each class and one for all of them."""
     rules = {K: FixedLength(K) for K in range(LONGEST + 1)} | {"auto": auto}
-    tokens, seconds, drafted = Counter(), Counter(), []
-    for i, request in enumerate(tqdm(requests, unit="request", disable=None)):
-        for K in [*rules][i % len(rules):] + [*rules][:i % len(rules)]:
-            trace, taken = generate(target, draft, request, rules[K])
+    order, tokens, seconds, drafted = list(rules), Counter(), Counter(), []
+    for request in tqdm(requests, unit="request", disable=None):
+        try:
+            served = {K: generate(target, draft, request, rules[K]) for K in order}
+        except KeyboardInterrupt:
+            if not tokens:
+                raise
+            print("\ninterrupted: this is what every length has served", file=sys.stderr)
+            break
+        order.append(order.pop(0))
+        drafted.append((served["auto"][0].draft_tokens >= 0).sum(1).float().mean().item())
+        for K, (trace, taken) in served.items():
             for kind in (request.kind, None):
                 tokens[K, kind] += min(len(trace.ids) - trace.prompt_length, request.max_new_tokens)
                 seconds[K, kind] += taken
-            drafted += [(trace.draft_tokens >= 0).sum(1).float().mean().item()] if K == "auto" else []
-    kinds = {kind: kind for kind in dict.fromkeys(r.kind for r in requests)} | {None: "all"}
+    kinds = {kind: kind for _, kind in tokens if kind is not None} | {None: "all"}
     rate = {key: tokens[key] / seconds[key] for key in tokens}
     print("K     " + "".join(f"{kind:>10s}" for kind in kinds.values()) + "   tokens/s")
     for K in rules:

@@ -1221,7 +1221,7 @@ def test_the_draft_that_began_is_the_fallback_and_changes_places_with_what_serve
             p.add_(0.02)  # neither anchor nor fallback
         learner.gate.ahead, now = ahead, copied(learner.average)
         there, other = copied(learner.anchor[0]), copied(learner.fallback[0])
-        expected = [rl.expected_length(learner.examine((w,), trace)) for w in (now, there, other)]
+        expected = [rl.expected_length(learner.examine(w, trace)) for w in (now, there, other)]
         assert len(set(expected)) == 3
         learner.learn = lambda trace: learned.append(trace) or {}  # looked at before it learns on
         assert learner.update(trace)["verdict"] == "falls back" and learner.unpublished == float("inf")
@@ -1260,7 +1260,7 @@ def test_chains_reach_one_place_past_what_was_drafted(drafted, reach, monkeypatc
     trace.draft_tokens = torch.stack([torch.cat([torch.zeros(n), -torch.ones(8 - n)]) for n in drafted]).long()
     used = []
     monkeypatch.setattr(rl, "replay_answer", lambda draft, trace, K, *a, f=rl.replay_answer: (used.append(K), f(draft, trace, K, *a))[1])
-    learner.loss(trace), learner.examine((learner.average,), trace)
+    learner.loss(trace), learner.examine(learner.average, trace)
     assert used == [reach] * 2
 
 
@@ -3151,6 +3151,23 @@ def test_a_sweep_serves_every_length_in_turn_and_compares_what_is_found_with_the
     assert table["0"] == [1.0, 1.0, 1.0, 5.0] and table["4"] == [2.0, 2.0, 2.0, 10.0] and table["7"][:3] == [1.33] * 3
     assert table["auto"] == [1.6, 2.0, 1.78, 8.9]
     assert lines[-1] == "auto, 1.5 drafted tokens a round, over the best fixed K: a 0.80 (K = 4), b 1.00 (K = 4), all 0.89 (K = 4)"
+
+
+def test_an_interrupted_sweep_shows_the_requests_that_every_length_has_served(monkeypatch, capsys):
+    left = iter(range(15))  # half of the second request
+
+    def clock(target, draft, request, rule):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return SimpleNamespace(ids=[0] * 17, prompt_length=7, draft_tokens=torch.tensor([[3]])), 2.0 if request.kind == "a" else 9.0
+
+    monkeypatch.setattr(serve, "generate", clock)
+    requests = [serve.Request([0] * 7, 10, 0, 0.0, kind) for kind in "ab"]
+    serve.print_sweep(None, None, requests, DraftLength([1.0] * 9))
+    said = capsys.readouterr()
+    assert "interrupted" in said.err and said.out.split()[:4] == ["K", "a", "all", "tokens/s"] and said.out.splitlines()[1].split() == ["0", "1.00", "1.00", "5.0"]
+    with pytest.raises(KeyboardInterrupt):  # nothing to show
+        serve.print_sweep(None, None, requests, DraftLength([1.0] * 9))
 
 
 def test_a_sweep_on_the_command_line(files, capsys):
