@@ -6,7 +6,8 @@
     python aurora.py --target DIR --draft ngram     a Hugging Face checkpoint, and a draft that needs no model
 
 For every request: draft K tokens, verify them with the target, commit what it accepts and one token of its own;
-when the answer is complete, its trace is the draft's next lesson, and the next request is served by what it learned.
+when the answer is complete, its trace is the draft's next lesson; what it has learned serves the next request, if that
+is ahead on answers that it has not learned from.
 The method is Aurora's (2602.06932); the README numbers the departures.
 """
 
@@ -335,7 +336,7 @@ def arguments(argv):
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("learning")
     group.add_argument("--estimator", choices=ESTIMATORS, default="log", help="a rung of the ladder that python rl.py shows, from the biased textbook to Aurora's KL; each learns from either side")
-    group.add_argument("--target-side", type=float, default=1.0, metavar="SHARE", help="of the loss that comes from the target's own tokens, 0 to 1")
+    group.add_argument("--target-side", type=float, default=1.0, metavar="SHARE", help="of the loss of rounds that drafted that comes from the target's own tokens, 0 to 1; that of plain rounds always does")
     group.add_argument("--lr", type=float, default=argparse.SUPPRESS, help="of Muon (default: 0.03 for a scratch draft, 0.015 for a trained one)")
     group.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of the optimizer after each request (default: 3 for a scratch draft, 1 for a trained one)")
     group.add_argument("--reservoir", type=int, default=32, metavar="N", help="older requests that are kept in mind beside the last 32; 0 is none")
@@ -617,7 +618,7 @@ def main(argv=None):
     if args.prompt is not None:
         return stream(target, tokenizer, served, requests[0], args)
     K = draft_lengths(target, served, static, args)
-    # The gate knows what is to be kept, so it is there even where nothing is learned.
+    # Also where nothing is learned: of what an earlier run kept, only the gate knows what served.
     learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, min(5, K["online"].longest),
                       reservoir=args.reservoir, scratch=args.draft == "scratch", gate=args.gate or args.no_learn, seed=args.seed)
     learner.restore(state)

@@ -26,7 +26,7 @@ class UserError(Exception):
 
 
 def fast_bfloat16():
-    """Does this processor multiply bfloat16?"""
+    """Does this processor multiply bfloat16?  Forwards of few rows read more than they multiply: it pays without AMX too."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

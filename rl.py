@@ -43,7 +43,7 @@ from pathlib import Path
 import torch
 
 from draft import twin
-from model import UserError, fast_bfloat16
+from model import UserError
 from verify import Sampling
 from versions import Gate
 
@@ -82,7 +82,7 @@ def _chain(draft_logits, target_logits, tokens, temperature, behaviour_logprobs)
         behaviour = p if behaviour_logprobs == "target" else q.detach() if temperature > 0 else torch.ones_like(p)
     else:
         behaviour = behaviour_logprobs.detach().to(p.dtype).exp()
-    behaviour = torch.where(real & (behaviour > 0), behaviour, 1.0)  # 0: p rounded anew, where two ids were all but equal
+    behaviour = torch.where(real & (behaviour > 0), behaviour, 1.0)  # 0 can only be rounding: the token was drawn
     alpha = smaller.sum(-1) * real
     below = torch.where(draft_q < target_p, draft_q, 0.0).sum(-1).detach()
     return least / behaviour * real, alpha, q / behaviour * real, below
@@ -135,8 +135,8 @@ def policy_gradient_loss(draft_logits, target_logits, draft_tokens, temperature=
 def target_side_loss(draft_logits, target_logits, target_tokens, temperature=1.0, estimator="expected"):
     """The same rungs from the target's own tokens: x ~ p, so behaviour = p and a = min(1, q/p).
 
-    Shapes as above, target_tokens (R, K) drawn from the target, -1 pads.  p does not depend on the draft, so the
-    estimate is never stale and needs no baseline: every token that the target ever emitted is an example, drafted or not."""
+    Shapes as above, target_tokens (R, K) drawn from the target, -1 pads.  p does not depend on the draft, so an answer never
+    goes stale, and every token that the target ever emitted is an example, drafted or not."""
     return policy_gradient_loss(draft_logits, target_logits, target_tokens, temperature, estimator, "target")
 
 
@@ -210,13 +210,15 @@ class Trace:
 # target's, hardly learns.  Wherever the draft's cut keeps all that the target's keeps, the gradient is that of the law that served.
 
 
-warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # torch's, of a norm in `replaying`: it is meant
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # torch warns of mixed dtypes in a norm under `replaying`; they are intended
 
 
 def replaying(device):
-    """The context in which a draft replays and learns: where the processor multiplies bfloat16, products and attention, and what
-    comes of them, in bfloat16; weights, losses and steps in float32.  What the target said, and all serving, is left as it is."""
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else fast_bfloat16()
+    """The context in which a draft replays and learns: where products of a hundred rows are faster so (AMX, most GPUs), products
+    and attention, and what comes of them, in bfloat16; weights, losses and steps in float32.  What the target said, and all
+    serving, is left as it is."""
+    cuda = device.type == "cuda"
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_amx_tile_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
@@ -312,14 +314,14 @@ class Learner:
     """Learns in place on the draft it is given; what serves is a copy that the driver takes of a published version.
 
     target_side in 0..1 is the share of the loss that comes from the target's own tokens, in chains up to `chain` that start
-    at `places` places of an answer, drawn at random; the rest comes from the draft's, of as many rounds.  An update is `steps` optimizer
-    steps, each on two traces: first the new one and one from memory, then two from memory.  In memory are the last
-    `recent` traces and, of all that are older, a sample of `reservoir` (Vitter 1985), so that what is no longer asked
-    for is not forgotten.
+    at `places` places of an answer, drawn at random.  The rest comes from the draft's tokens, of as many rounds; rounds of
+    plain decoding have none and teach by the target's all the same.  An update is `steps` optimizer steps, each on two
+    traces: first the new one and one from memory, then two from memory.  In memory are the last `recent` traces and, of
+    all that are older, a sample of `reservoir` (Vitter 1985), so that what is no longer asked for is not forgotten.
 
     The rate is constant, since traffic has no end for it to fall towards.  What a falling rate is for, averaging does:
-    what may serve is the mean of the weights over the last `horizon` steps or so (Polyak & Juditsky 1992).  That of a random
-    draft (`scratch`), which is soon far from where it began, spans a third of its steps at first.
+    what may serve is the mean of the weights over the last `horizon` steps or so (Polyak & Juditsky 1992).  A random draft
+    (`scratch`) soon leaves its start behind, so its average covers only the last third of its steps at first.
 
     With a `gate` (versions.py) it learns only while that shows, and what does not show is taken back."""
 
@@ -378,11 +380,11 @@ class Learner:
         return places[torch.randperm(len(places), generator=self.generator)[: self.places].sort().values.to(places.device)]
 
     def update(self, trace):
-        """Learns from one more trace, or does not -> {"learn_seconds"} and, if it does, "loss": the trace's own,
-        "expected_length", "staleness"; with a gate its "verdict".
+        """One more trace is offered -> {"learn_seconds"}; with a gate its "verdict"; and, if it is learned from, its "loss",
+        "expected_length" and "staleness".
 
-        expected_length: tokens a round to expect, in chains that `reach`, on this answer, before it is learned from; of
-        the draft that serves next, or without a gate of the weights before their average, which does rather better.
+        expected_length: tokens a round to expect, in chains that `reach`, on this answer before it is learned from; with a
+        gate, of the draft that serves next; without one, of the last step's weights, not of their average, which serves.
         staleness: versions between the one that served a trace and the newest, mean over the traces learned from.
 
         Raises UserError when a gradient is not finite or the weights have exploded."""
@@ -409,8 +411,8 @@ class Learner:
         self.acceptance = (former if verdict == "falls back" else now if self.gate.ahead else anchored).tolist()  # of what serves
         if verdict == "better" or verdict == "falls back" and was_ahead:
             self.set_anchor()  # what serves
-        if verdict == "better":
-            self.fallback = self.begun
+        if verdict == "better" and self.fallback is not self.begun:
+            self.fallback, self.gate.leads = self.begun, []  # those were another draft's
         elif verdict == "falls back":
             self.anchor, self.fallback = self.fallback, self.anchor
         if verdict in ("falls back", "nothing gained"):

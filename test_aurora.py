@@ -1232,8 +1232,10 @@ def test_the_draft_that_began_is_the_fallback_and_changes_places_with_what_serve
         assert rl.expected_length(learner.acceptance) == pytest.approx(expected[2], abs=1e-6) and not any(o.state for o in learner.optimizers)
     assert len(learned) == 2
     learner.learn, learner.gate.judge = learn, lambda gain, lead: "better"
-    learner.update(trace)
-    assert same(learner.fallback[0], begun)
+    for fallback, leads in ((learner.anchor, []), (learner.begun, [1.0] * 5)):  # what spoke for one draft does not speak for another
+        learner.fallback, learner.gate.leads = fallback, [1.0] * 5
+        learner.update(trace)
+        assert same(learner.fallback[0], begun) and learner.gate.leads == leads
     assert gated(1.0, scratch=True)[0].begun is None
 
 
@@ -1269,7 +1271,7 @@ def test_the_learner_multiplies_in_bfloat16_and_hardly_errs(monkeypatch):
     target = tiny_target(gain=2.0)
     draft, seen = tiny_draft(target), []
     trace, _ = generate(target, draft, request(new=40), 3)
-    monkeypatch.setattr(rl, "fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast)
     monkeypatch.setattr("draft.attend", lambda q, *a, f=model.attend, **k: (seen.append(q.dtype), f(q, *a, **k))[1])
     gradients = {}
     for fast in (False, True):

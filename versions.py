@@ -15,7 +15,7 @@ from model import UserError, save
 EARLIEST, PATIENCE = 8, 32  # answers before the first verdict, and after which what is learned must be ahead
 BETTER = 2.5  # standard errors
 FIRST_REST, LONGEST_REST = 64, 512  # answers
-RECENT, REMEMBERED, SHIFT = 8, 72, 4.0  # answers, those that they are among, and standard errors: a shift of traffic
+RECENT, REMEMBERED, SHIFT = 8, 72, 4.0  # a shift of traffic: the last 8 answers lie 4 standard errors off up to 64 before them
 
 
 class Gate:
@@ -31,7 +31,7 @@ class Gate:
                           that this is so again, up to 512
 
     The second bound is at -2 when n = 8 and rises by 1 as n doubles: progress shows the better, the longer it lasts.  Where
-    there is none, learning ends after 30 answers or so; hardly a comparison takes more than 181.
+    there is none, learning ends after 30 answers or so, and at the latest where the two bounds meet, after 181.
 
     Until then whichever is ahead serves: what is learned by now where z > 0, else the anchor, so that steps which lead
     nowhere cost their time but hardly any acceptance.
@@ -46,7 +46,7 @@ class Gate:
 
     While that is likely (z > 1) the learner does not rest.
 
-    Of equals one comparison in twenty-five ends in "better".  A rest ends early when traffic shifts: the draft stands still
+    Of equals one comparison in twenty-five ends in "better" all the same.  A rest ends early when traffic shifts: the draft stands still
     then, and hardly moved before if nothing was gained, so what moves is the traffic."""
 
     def __init__(self):
