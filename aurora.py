@@ -204,8 +204,8 @@ class Journal:
         said = [r["gate"] for r in self.records if r["arm"] == "online"]
         at = {v: [i + 1 for i, x in enumerate(said) if x == v] for v in ("better", "nothing gained", "falls back")}
         times = {v: f"{len(n)} times" + (f" ({'.., ' if len(n) > 4 else ''}{', '.join(map(str, n[-4:]))})" if n else "") for v, n in at.items()}
-        learned = sum(v in ("learns", "better", "falls back") for v in said)
-        return (f"gate     learned from {learned} of {len(said)} answers; found better {times['better']}, "
+        updates = sum(r["update_loss"] is not None for r in self.records)
+        return (f"gate     {updates} updates in {len(said)} answers; found better {times['better']}, "
                 f"taken back {times['nothing gained']}, fell back {times['falls back']}")
 
     def held_out(self, kind):
@@ -337,11 +337,12 @@ def arguments(argv):
     group = parser.add_argument_group("learning")
     group.add_argument("--estimator", choices=ESTIMATORS, default="log", help="a rung of the ladder that python rl.py shows, from the biased textbook to Aurora's KL; each learns from either side")
     group.add_argument("--target-side", type=float, default=1.0, metavar="SHARE", help="of the loss of rounds that drafted that comes from the target's own tokens, 0 to 1; that of plain rounds always does")
-    group.add_argument("--lr", type=float, default=argparse.SUPPRESS, help="of Muon (default: 0.03 for a scratch draft, 0.015 for a trained one)")
-    group.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of the optimizer after each request (default: 3 for a scratch draft, 1 for a trained one)")
+    group.add_argument("--lr", type=float, default=argparse.SUPPRESS, help="of Muon (default: 0.03 for a scratch draft, 0.02 for a trained one)")
+    group.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of the optimizer in an update (default: 3 for a scratch draft, 1 for a trained one)")
+    group.add_argument("--learn-every", type=int, default=argparse.SUPPRESS, metavar="N", help="answers per update (default: 1 for a scratch draft, 2 for a trained one); those in between are remembered")
     group.add_argument("--reservoir", type=int, default=32, metavar="N", help="older requests that are kept in mind beside the last 32; 0 is none")
     group.add_argument("--gate", action=argparse.BooleanOptionalAction, default=True, help="learn only while it shows on new answers; serve what is ahead there, take back what gains nothing, and rest for 64 to 512 answers")
-    group.add_argument("--publish-every", type=int, default=1, metavar="M", help="requests per served version")
+    group.add_argument("--publish-every", type=int, default=1, metavar="M", help="updates per served version")
     group.add_argument("--no-learn", action="store_true")
     group = parser.add_argument_group("measuring and keeping")
     group.add_argument("--compare", action="store_true", help="plain, static and online on the same requests, interleaved")
@@ -361,10 +362,10 @@ def arguments(argv):
     args = parser.parse_args(argv)
     scratch = args.draft == "scratch"
     dtype = "bfloat16" if args.compile and fast_bfloat16() else "float32"
-    args = argparse.Namespace(**{"steps": 3 if scratch else 1, "lr": 0.03 if scratch else 0.015, "dtype": dtype} | vars(args))
+    args = argparse.Namespace(**{"steps": 3 if scratch else 1, "learn_every": 1 if scratch else 2, "lr": 0.03 if scratch else 0.02, "dtype": dtype} | vars(args))
     if (args.compile or args.profile) and torch.device(args.device).type != "cpu":
         parser.error("--compile and --profile are for --device cpu")
-    for name, low in (("requests", 1), ("max_new_tokens", 1), ("steps", 1), ("publish_every", 1), ("held_out", 0), ("reservoir", 0), ("threads", 0), ("top_k", 0), ("draft_vocab", 0)):
+    for name, low in (("requests", 1), ("max_new_tokens", 1), ("steps", 1), ("learn_every", 1), ("publish_every", 1), ("held_out", 0), ("reservoir", 0), ("threads", 0), ("top_k", 0), ("draft_vocab", 0)):
         if getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
     if args.num_speculative_tokens != "auto" and args.num_speculative_tokens < 1:
@@ -597,7 +598,7 @@ def facts(target, draft, K, args, requests, compiled):
           f"draft    {args.draft}: {size}{said}, {K}, {law}\n"
           f"verify   {'kernels.cu' if kernel(torch.device(args.device).type) else 'the torch reference'}\n"
           f"{compiled}"
-          f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, {args.steps} steps a request, a version every {args.publish_every}' + ', gated' * args.gate}\n"
+          f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, {args.steps} steps after every {args.learn_every} answers, a version every {args.publish_every} updates' + ', gated' * args.gate}\n"
           f"traffic  {', '.join(order[:9])}{', ..' * (len(order) > 9)}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
 
 
@@ -619,7 +620,7 @@ def main(argv=None):
         return stream(target, tokenizer, served, requests[0], args)
     K = draft_lengths(target, served, static, args)
     # Also where nothing is learned: of what an earlier run kept, only the gate knows what served.
-    learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, min(5, K["online"].longest),
+    learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, args.learn_every, min(5, K["online"].longest),
                       reservoir=args.reservoir, scratch=args.draft == "scratch", gate=args.gate or args.no_learn, seed=args.seed)
     learner.restore(state)
     facts(target, served, K["online"], args, requests, compiled)

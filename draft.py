@@ -58,8 +58,9 @@ class DraftLength:
     where a_j is how often place j was accepted when it was put to the test, of late.  K = 0 is plain decoding.
 
     A draft that `doubts` tells for every token how probable it held it, and what it doubts is seldom kept.  If drafting pays
-    at all, its chains go on as long as that does: k tokens, to which it gave the probability c together, are enough if at
-    the best of those rates no m > k is worth its time,
+    at all, its chains go on as long as that does.  After k tokens, to which it gave the probability c together, going on to
+    m > k of them promises c sum_{k<i<=m} S_i / S_k tokens more and costs seconds(m) - seconds(k).  They are enough if no m
+    gains as much as the best of those rates makes in that time,
 
         c sum_{k<i<=m} S_i / S_k  <  rate (seconds(m) - seconds(k)).
 

@@ -5,23 +5,27 @@ distribution at each place of the chain, after temperature,
 
     L = sum_j E_{x ~ q}[ prod_{i<=j} min(1, p_i(x_i) / q_i(x_i)) ] = sum_j sum_x prod_{i<=j} min(p_i, q_i)(x_i).
 
-Textbook REINFORCE, "reward times grad log q", is biased here, because the reward min(1, p/q) depends on q too.
-The right-hand side shows the way out.  Whoever drew the tokens (the draft as it is now, the draft as it was when
-it served, the target itself), divide by the probability with which they were drawn, their *behaviour*:
+Textbook REINFORCE, "reward times grad log q", is biased here, because the reward r = min(1, p/q) depends on q too:
+
+    grad E_{x ~ q}[r] = E_{x ~ q}[r grad log q] + E_{x ~ q}[grad r],     grad r = -r grad log q where q > p, else 0.
+
+The second term cancels the first wherever q > p; the textbook, which lacks it, also pushes up what the draft proposes too
+often already.  For chains, whoever drew their tokens (the draft as it is now, the draft as it was when it served, the
+target itself), divide by the probability with which they were drawn, their *behaviour*:
 
     L = E_{x ~ behaviour}[ sum_j S_j ],     S_j = prod_{i<=j} a_i,     a_i = min(p_i, q_i)(x_i) / behaviour_i(x_i).
 
 behaviour is a constant, so differentiating S is exact: grad S_j = S_j sum_{i<=j} 1[q_i < p_i] grad log q_i(x_i).
-The indicator 1[q < p] is what the textbook leaves out.  With alpha_j = sum_v min(p_j, q_j), the overlap, the ladder is
+With alpha_j = sum_v min(p_j, q_j), the overlap, which is the probability that a drafted token is kept, the ladder is
 
-    reinforce_textbook   sum_j S_j sum_{i<=j} grad log q_i(x_i)    biased, the counter-example; S where a textbook has bits
+    reinforce_textbook   sum_j S_j sum_{i<=j} grad log q_i(x_i)    biased, the counter-example
     reinforce            sum_j grad S_j                            grad L
     expected             sum_j grad (S_{<j} alpha_j)               grad L, the last factor of each S_j in closed form
-    log                  sum_j S_{<j} grad log alpha_j             NOT grad L: a utility with the same optimum, q = p
+    log                  sum_j S_{<j} grad log alpha_j             NOT grad L, but it vanishes at the same best draft, q = p
     kl                   - sum_j grad KL(p_j || q_j)               likewise; what Aurora's public code trains
 
 `python rl.py` measures it.  A baseline is free for tokens that the draft drew: E_{x ~ behaviour}[(q / behaviour) grad log q]
-= 0, so b * q / behaviour may be subtracted, outside the indicator, as long as b depends on the tokens before x_i alone.
+= 0, so b * (q / behaviour) grad log q may be subtracted at every token, as long as b depends on those before it alone.
 log is the default: its gradient is 1/alpha larger where grad alpha vanishes, and it ended highest in the README's experiment.
 
 All of it is conditional on where rounds start, and on the rule by which the draft's doubts end their chains
@@ -315,27 +319,30 @@ class Learner:
 
     target_side in 0..1 is the share of the loss that comes from the target's own tokens, in chains up to `chain` that start
     at `places` places of an answer, drawn at random.  The rest comes from the draft's tokens, of as many rounds; rounds of
-    plain decoding have none and teach by the target's all the same.  An update is `steps` optimizer steps, each on two
-    traces: first the new one and one from memory, then two from memory.  In memory are the last `recent` traces and, of
-    all that are older, a sample of `reservoir` (Vitter 1985), so that what is no longer asked for is not forgotten.
+    plain decoding have none and teach by the target's all the same.  An update, after `every` answers, is `steps` optimizer
+    steps: the first on the new trace and `every` from memory, further ones on as many from memory alone.  In memory are the
+    last `recent` traces and, of all that are older, a sample of `reservoir` (Vitter 1985), so that what is no longer asked
+    for is not forgotten.
 
     The rate is constant, since traffic has no end for it to fall towards.  What a falling rate is for, averaging does:
-    what may serve is the mean of the weights over the last `horizon` steps or so (Polyak & Juditsky 1992).  A random draft
-    (`scratch`) soon leaves its start behind, so its average covers only the last third of its steps at first.
+    what may serve is the mean of the weights over the steps of the last `horizon` answers or so, if there is one step an
+    update (Polyak & Juditsky 1992).  A random draft (`scratch`) soon leaves its start behind, so its average covers only
+    the last third of its steps at first.
 
     With a `gate` (versions.py) it learns only while that shows, and what does not show is taken back."""
 
-    def __init__(self, draft, estimator, lr, target_side, steps=1, chain=4, places=96, recent=32, reservoir=32, horizon=60,
+    def __init__(self, draft, estimator, lr, target_side, steps=1, every=1, chain=4, places=96, recent=32, reservoir=32, horizon=60,
                  scratch=False, gate=False, seed=0):
-        self.draft, self.estimator, self.target_side, self.steps = draft, estimator, target_side, steps
-        self.chain, self.places, self.horizon = chain, places, horizon
+        self.draft, self.estimator, self.target_side, self.steps, self.every = draft, estimator, target_side, steps, every
+        self.chain, self.places, self.horizon = chain, places, horizon / every  # steps
         self.optimizers = optimizers(draft, lr)
         self.trained = {name: p for name, p in draft.named_parameters() if p.requires_grad}
         once = {id(p): p.detach().clone() for p in self.trained.values()}
         self.average = {name: once[id(p)] for name, p in draft.named_parameters(remove_duplicate=False) if id(p) in once}  # tied: two names
-        self.averaged = 0 if scratch else 3 * horizon  # steps
+        self.averaged = 0 if scratch else 3 * self.horizon
         self.recent, self.reservoir, self.size, self.older = deque(maxlen=recent), [], reservoir, 0
-        self.updates, self.version, self.unpublished = 0, 0, 0  # traces learned from; newest version; how many traces it lacks
+        self.updates, self.version, self.unpublished = 0, 0, 0  # newest version; how many updates it lacks
+        self.waiting = 0  # answers since the last update
         self.generator = torch.Generator().manual_seed(seed)
         self.acceptance = []  # its estimate, place by place
         self.gate = Gate() if gate and self.trained else None
@@ -380,8 +387,8 @@ class Learner:
         return places[torch.randperm(len(places), generator=self.generator)[: self.places].sort().values.to(places.device)]
 
     def update(self, trace):
-        """One more trace is offered -> {"learn_seconds"}; with a gate its "verdict"; and, if it is learned from, its "loss",
-        "expected_length" and "staleness".
+        """One more trace is offered -> {"learn_seconds"}; with a gate its "verdict" and, unless that rests, "expected_length";
+        after an update "loss", that of this trace, "expected_length" and "staleness".
 
         expected_length: tokens a round to expect, in chains that `reach`, on this answer before it is learned from; with a
         gate, of the draft that serves next; without one, of the last step's weights, not of their average, which serves.
@@ -389,12 +396,15 @@ class Learner:
 
         Raises UserError when a gradient is not finite or the weights have exploded."""
         begun, outcome = time.perf_counter(), {}
+        self.waiting += 1
         if self.gate:
             outcome["verdict"] = self.judge(trace)
-        if outcome.get("verdict") in ("rests", "nothing gained"):
+        if outcome.get("verdict") in ("rests", "nothing gained") or self.waiting < self.every:
             self.remember(trace)
         else:
             outcome |= self.learn(trace)
+        if "loss" in outcome or outcome.get("verdict", "rests") != "rests":
+            outcome["expected_length"] = expected_length(self.acceptance)
         return outcome | {"learn_seconds": time.perf_counter() - begun}
 
     def judge(self, trace):
@@ -441,12 +451,12 @@ class Learner:
     def learn(self, trace):
         """`update` where it learns."""
         losses, staleness = [], []
-        self.updates += 1
+        self.updates, self.waiting = self.updates + 1, 0
         self.unpublished += not self.gate or self.gate.ahead  # else the anchor goes on serving
         for step in range(self.steps):
             memory = [*self.recent, *self.reservoir]
             order = torch.randperm(len(memory), generator=self.generator).tolist()
-            batch = [memory[i] for i in order[:2]] if step else [trace] + [memory[i] for i in order[:1]]
+            batch = [memory[i] for i in order[: self.every + 1]] if step else [trace] + [memory[i] for i in order[: self.every]]
             if step == 0:
                 self.remember(trace)
             for example in batch:
@@ -468,7 +478,7 @@ class Learner:
             self.averaged += 1
             for name, p in self.trained.items():
                 self.average[name].lerp_(p.detach(), max(1 / self.horizon, 3 / (self.averaged + 2)))
-        return {"loss": losses[0], "expected_length": expected_length(self.acceptance), "staleness": sum(staleness) / len(staleness)}
+        return {"loss": losses[0], "staleness": sum(staleness) / len(staleness)}
 
     def diverged(self, why):
         """Goes back to the average, which no such step has touched, so that what is saved can be gone on from; and forgets

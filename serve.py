@@ -115,6 +115,7 @@ class Generation:
             if K:
                 self.unread[b].clear()
             self.unread[b].append(features[b, : n + 1])
+            # The draft's step 0 stands at the last position that the target has read, beside the token that follows it.
             self.rounds[b].append((length[b] - 2, draft_tokens[b], behaviour[b], hidden[b], features[b, : n + 1], n))
             self.committed[b] += kept[: n + 1]
             output.append((kept[:n], kept[n]))

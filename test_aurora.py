@@ -1284,6 +1284,19 @@ def test_the_learner_multiplies_in_bfloat16_and_hardly_errs(monkeypatch):
     assert 0.99 < torch.cosine_similarity(gradients[True], gradients[False], 0) < 1 - 1e-7
 
 
+def test_an_update_waits_for_its_answers(monkeypatch, every=3):
+    """All of them are judged and remembered; the last is learned from, and as many from memory."""
+    learner, trace = gated(every=every)
+    traces, learned = [replace(trace, version=i) for i in range(2 * every + 1)], []
+    monkeypatch.setattr(learner, "loss", lambda trace, f=learner.loss: (learned.append(trace.version), f(trace))[1])
+    told = [learner.update(t) for t in traces]
+    assert ["loss" in t for t in told] == ([False] * (every - 1) + [True]) * 2 + [False] and learner.updates == 2
+    assert learned[0] == every - 1 and sorted(learned[1:every]) == list(range(every - 1)) and learned[every] == 2 * every - 1
+    assert len(learned) == 2 * every + 1 and len(set(learned[every:])) == every + 1
+    assert all({"verdict", "expected_length", "learn_seconds"} <= t.keys() for t in told) and len(learner.gate.gains) == len(traces)
+    assert [t.version for t in learner.recent] == list(range(len(traces))) and learner.horizon == 4 / every
+
+
 def twin_with(learner, weights):
     other = twin(learner.draft)
     other.load_state_dict(learner.draft.state_dict() | weights)
@@ -1354,8 +1367,8 @@ def test_gate_on_the_command_line(files, tmp_path, monkeypatch, capsys):
 
     out, lines = run("--save", f"{tmp_path}/kept")
     assert [x["gate"] for x in lines] == ["learns"] * 7 + ["nothing gained"] + ["rests"] * 4
-    assert [x["draft_version"] for x in lines] == [0] * 12 and [x["update_loss"] is None for x in lines] == [False] * 7 + [True] * 5
-    assert "learned from 7 of 12 answers; found better 0 times, taken back 1 times (8), fell back 0 times" in out and ", gated" in out
+    assert [x["draft_version"] for x in lines] == [0] * 12 and [x["update_loss"] is None for x in lines] == [True, False] * 3 + [True] * 6
+    assert "3 updates in 12 answers; found better 0 times, taken back 1 times (8), fell back 0 times" in out and ", gated" in out
     begun = load(files / "draft.pt")[1]
     assert same(load(tmp_path / "kept/v000000/draft.pt")[1], begun)
     out, lines = run("--no-gate")
@@ -1515,9 +1528,9 @@ def test_save_and_resume_continue_the_versions(files, tmp_path):
     run(files, "--save", f"{tmp_path}/kept", "--publish-every", "2", "--no-gate")
     assert (tmp_path / "kept/latest").read_text() == "v000003\n"
     run(files, "--draft", f"{tmp_path}/kept", "--save", f"{tmp_path}/kept", "--publish-every", "2", "--no-gate")
-    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["latest", "v000003", "v000003.learner.pt", "v000006", "v000006.learner.pt"]
-    state = torch.load(tmp_path / "kept/v000006.learner.pt", weights_only=True)
-    assert state["updates"] == 12 and {int(s["step"]) for s in state["optimizers"][1]["state"].values()} == {6 * 3 + 6 * 1}  # from scratch, then trained
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["latest", "v000003", "v000003.learner.pt", "v000005", "v000005.learner.pt"]
+    state = torch.load(tmp_path / "kept/v000005.learner.pt", weights_only=True)
+    assert state["updates"] == 9 and {int(s["step"]) for s in state["optimizers"][1]["state"].values()} == {6 * 3 + 3 * 1}  # from scratch, then trained
     run(files, "--draft", f"{tmp_path}/kept/v000003", "--no-learn", "--save", f"{tmp_path}/other")  # one version, by name
     first, second = (torch.load(p, weights_only=True)["weights"] for p in (tmp_path / "kept/v000003/draft.pt", tmp_path / "other/v000003/draft.pt"))
     assert all(torch.equal(first[k], second[k]) for k in first)

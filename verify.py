@@ -12,8 +12,13 @@ target_p_K, the bonus.  Why this is lossless: id v comes out with probability
 where overlap = sum_v min(target_p, draft_q)(v) is how often a drafted token is kept.
 (Leviathan et al. 2211.17192, algorithm 1; Chen et al. 2302.01318, theorem 1.)
 
-Two implementations say the same: `accept_reference`, in torch, is the definition; kernels.cu, compiled when it is first
-needed, is what runs where it can (AURORA_KERNEL=reference|fused forces one).  `python verify.py --bench` compares them.
+For example, of two ids, draft_q = (0.9, 0.1) and target_p = (0.6, 0.4).  The first is drafted nine times in ten and kept
+with probability 0.6 / 0.9, so it comes out with 0.6.  The 0.3 that were rejected go to the residual, the second id alone;
+that one is drafted with 0.1 and always kept, so it comes out with 0.1 + 0.3 = 0.4.
+
+Two implementations say the same: `accept_reference`, in torch, is the definition and the place to read first; kernels.cu,
+compiled when it is first needed, is what runs where it can (AURORA_KERNEL=reference|fused forces one).  `python verify.py
+--bench` compares them.
 
 Nothing here knows about models.  Randomness is an argument: the same coins give the same tokens.
 Letters: B batch rows, K drafted tokens a round, V vocabulary.
@@ -54,6 +59,113 @@ def inverse_cdf(mass, coin):
     cumulative = mass.cumsum(-1)
     threshold = coin[..., None] * cumulative[..., -1:]
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=mass.shape[-1] - 1)
+
+
+class NoDistribution(ValueError):
+    """Logits that acceptance reads are NaN, +inf or nothing but -inf."""
+
+
+REASONS = [None, "coins must lie in [0, 1)", "draft_tokens must be -1 (pad) or ids in 0..V-1",  # kernels.cu: Status
+           "temperature must be 0 (greedy) or positive",
+           "logits without a distribution (NaN, +inf or all -inf) in a row that acceptance reads"]
+
+
+def accept_reference(target_logits, draft_logits, draft_tokens, coins, temperature):
+    """The rule: arguments and results as of `accept`, below; shapes are checked, temperature (B,) float64."""
+    B, K = draft_tokens.shape
+    V = target_logits.shape[-1]
+    for reason, fits in ((1, (coins >= 0) & (coins < 1)), (2, (draft_tokens >= -1) & (draft_tokens < V)), (3, temperature >= 0)):
+        if not fits.all():
+            raise ValueError(REASONS[reason])
+
+    target_p = probabilities(target_logits, temperature[:, None])  # (B, K+1, V)
+    ids = draft_tokens.clamp(min=0)[..., None]  # (B, K, 1)
+    draft_q = torch.zeros_like(target_p[:, :K]).scatter_(-1, ids, 1.0)  # as proposed outright
+    if draft_logits is not None:
+        sampled = (temperature > 0)[:, None, None]  # at temperature 0 the draft's choice is no draw either
+        draft_q = torch.where(sampled, probabilities(draft_logits, temperature[:, None]), draft_q)
+
+    p = target_p[:, :K].gather(-1, ids).squeeze(-1)  # (B, K): target_p(x_k), draft_q(x_k)
+    q = draft_q.gather(-1, ids).squeeze(-1)
+    drafted = draft_tokens >= 0
+    kept = (coins[:, :K] * q < p) & drafted  # strict: a coin of 0 keeps nothing impossible
+    num_accepted = kept.long().cumprod(-1).sum(-1)  # (B,) length of the kept prefix
+
+    # The row at which each chain stopped: the residual after a rejection, target_p after K or at a pad.
+    row = torch.arange(B, device=draft_tokens.device)
+    mass = target_p[row, num_accepted]  # (B, V)
+    if K:
+        last = num_accepted.clamp(max=K - 1)
+        rejected = (num_accepted < K) & drafted[row, last]
+        residual = torch.where(rejected[:, None], mass - draft_q[row, last], mass).clamp(min=0)
+        empty = residual.sum(-1, keepdim=True) == 0  # target_p = draft_q up to rounding
+        mass = torch.where(empty, mass, residual)
+    next_token = inverse_cdf(mass, coins[:, K])
+
+    position = torch.arange(K + 1, device=draft_tokens.device)
+    read = position <= num_accepted[:, None]  # (B, K+1) the rows that the decision rests on
+    broken = (read & target_p[..., 0].isnan()).any() | (read[:, :K] & drafted & draft_q[..., 0].isnan()).any()
+    if broken:
+        raise NoDistribution(REASONS[4])
+    return num_accepted, next_token
+
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 is left to the reference
+
+
+def accept(target_logits, draft_logits, draft_tokens, coins, temperature=1.0, draft_lse=None):
+    """One round's decision for every row.
+
+    target_logits (B, K+1, V): row k is the target's view of the place of draft token k, row K of the bonus.
+    draft_logits (B, K, V): exactly what the draft tokens were drawn from, or None if they were not drawn but
+        proposed outright (draft_q is then one-hot, so a token is kept with probability target_p).
+    draft_tokens (B, K) int64; -1 pads the tail of a shorter draft and is never kept: there, the next token
+        comes from target_p.
+    coins (B, K+1) float64 in [0, 1): coin k < K decides about token k, coin K draws the next token.
+    temperature: float or (B,), >= 0; 0 is greedy: keep while the draft token is the argmax, then the argmax.
+    draft_lse (B, K) float64, optional: logsumexp(draft_logits / temperature), if drafting has it anyway.  It changes
+        no decision; the kernel takes its word for it and reads the draft's rows only where one was rejected.
+
+    Returns num_accepted (B,) int64 in 0..K and next_token (B,) int64, an id with target_p > 0.
+    Raises ValueError on shapes, dtypes, ids or coins out of range, and if a row of logits that the decision
+    rests on has no distribution (NaN, +inf, all -inf); rows after the first rejection are not looked at.
+    """
+    B, K = draft_tokens.shape
+    temperature = torch.as_tensor(temperature, dtype=torch.float64, device=target_logits.device)
+    if temperature.shape != (B,):
+        if temperature.ndim:
+            raise ValueError(f"temperature must be a float or (B,) = ({B},), got {tuple(temperature.shape)}")
+        temperature = temperature.expand(B)
+    _check_shapes(target_logits, draft_logits, draft_tokens, coins, draft_lse)
+    fused = kernel(target_logits.device.type)
+    if not fused or any(x is not None and x.dtype not in FUSED_DTYPES for x in (target_logits, draft_logits)):
+        return accept_reference(target_logits, draft_logits, draft_tokens, coins, temperature)
+
+    target_logits, draft_logits = _rows(target_logits), _rows(draft_logits)
+    num_accepted, next_token, status = fused(target_logits, draft_logits, draft_lse, draft_tokens, coins, temperature)
+    worst = max(status.tolist(), default=0)  # (B,), 0 if all is well; the one transfer to the host
+    if worst:
+        kind = NoDistribution if worst == 4 else ValueError
+        raise kind(f"{REASONS[worst]}; batch rows {[b for b, s in enumerate(status.tolist()) if s == worst]}")
+    return num_accepted, next_token
+
+
+def _check_shapes(target_logits, draft_logits, draft_tokens, coins, draft_lse):
+    B, K = draft_tokens.shape
+    V = target_logits.shape[-1]
+    if target_logits.shape != (B, K + 1, V):
+        raise ValueError(f"target_logits must be (B, K+1, V) = ({B}, {K + 1}, {V}), got {tuple(target_logits.shape)}")
+    if draft_logits is not None and draft_logits.shape != (B, K, V):
+        raise ValueError(f"draft_logits must be (B, K, V) = ({B}, {K}, {V}), got {tuple(draft_logits.shape)}")
+    if coins.shape != (B, K + 1) or coins.dtype != torch.float64:
+        raise ValueError(f"coins must be (B, K+1) = ({B}, {K + 1}) float64, got {tuple(coins.shape)} {coins.dtype}")
+    if draft_tokens.dtype != torch.int64:
+        raise ValueError(f"draft_tokens must be int64, got {draft_tokens.dtype}")
+    if draft_lse is not None and (draft_lse.shape != (B, K) or draft_lse.dtype != torch.float64):
+        raise ValueError(f"draft_lse must be (B, K) = ({B}, {K}) float64, got {tuple(draft_lse.shape)} {draft_lse.dtype}")
+
+
+# ---- top-k and top-p, and drawing -----------------------------------------------------------------------
 
 
 def keep_top(logits, temperature, top_p, top_k):
@@ -106,108 +218,6 @@ class Sampling:
             greedily = (logits.amax(-1) - logits.logsumexp(-1)).float()
             logprob = torch.where(self.temperature[:, None] > 0, logprob, greedily)
         return logprob.exp()
-
-
-class NoDistribution(ValueError):
-    """Logits that acceptance reads are NaN, +inf or nothing but -inf."""
-
-
-REASONS = [None, "coins must lie in [0, 1)", "draft_tokens must be -1 (pad) or ids in 0..V-1",  # kernels.cu: Status
-           "temperature must be 0 (greedy) or positive",
-           "logits without a distribution (NaN, +inf or all -inf) in a row that acceptance reads"]
-FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 is left to the reference
-
-
-def accept(target_logits, draft_logits, draft_tokens, coins, temperature=1.0, draft_lse=None):
-    """One round's decision for every row.
-
-    target_logits (B, K+1, V): row k is the target's view of the place of draft token k, row K of the bonus.
-    draft_logits (B, K, V): exactly what the draft tokens were drawn from, or None if they were not drawn but
-        proposed outright (draft_q is then one-hot, so a token is kept with probability target_p).
-    draft_tokens (B, K) int64; -1 pads the tail of a shorter draft and is never kept: there, the next token
-        comes from target_p.
-    coins (B, K+1) float64 in [0, 1): coin k < K decides about token k, coin K draws the next token.
-    temperature: float or (B,), >= 0; 0 is greedy: keep while the draft token is the argmax, then the argmax.
-    draft_lse (B, K) float64, optional: logsumexp(draft_logits / temperature), if drafting has it anyway.  It changes
-        no decision; the kernel takes its word for it and reads the draft's rows only where one was rejected.
-
-    Returns num_accepted (B,) int64 in 0..K and next_token (B,) int64, an id with target_p > 0.
-    Raises ValueError on shapes, dtypes, ids or coins out of range, and if a row of logits that the decision
-    rests on has no distribution (NaN, +inf, all -inf); rows after the first rejection are not looked at.
-    """
-    B, K = draft_tokens.shape
-    temperature = torch.as_tensor(temperature, dtype=torch.float64, device=target_logits.device)
-    if temperature.shape != (B,):
-        if temperature.ndim:
-            raise ValueError(f"temperature must be a float or (B,) = ({B},), got {tuple(temperature.shape)}")
-        temperature = temperature.expand(B)
-    _check_shapes(target_logits, draft_logits, draft_tokens, coins, draft_lse)
-    fused = kernel(target_logits.device.type)
-    if not fused or any(x is not None and x.dtype not in FUSED_DTYPES for x in (target_logits, draft_logits)):
-        return accept_reference(target_logits, draft_logits, draft_tokens, coins, temperature)
-
-    target_logits, draft_logits = _rows(target_logits), _rows(draft_logits)
-    num_accepted, next_token, status = fused(target_logits, draft_logits, draft_lse, draft_tokens, coins, temperature)
-    worst = max(status.tolist(), default=0)  # (B,), 0 if all is well; the one transfer to the host
-    if worst:
-        kind = NoDistribution if worst == 4 else ValueError
-        raise kind(f"{REASONS[worst]}; batch rows {[b for b, s in enumerate(status.tolist()) if s == worst]}")
-    return num_accepted, next_token
-
-
-def accept_reference(target_logits, draft_logits, draft_tokens, coins, temperature):
-    """`accept` by its definition, for arguments whose shapes are checked; temperature (B,) float64."""
-    B, K = draft_tokens.shape
-    V = target_logits.shape[-1]
-    for reason, fits in ((1, (coins >= 0) & (coins < 1)), (2, (draft_tokens >= -1) & (draft_tokens < V)), (3, temperature >= 0)):
-        if not fits.all():
-            raise ValueError(REASONS[reason])
-
-    target_p = probabilities(target_logits, temperature[:, None])  # (B, K+1, V)
-    ids = draft_tokens.clamp(min=0)[..., None]  # (B, K, 1)
-    draft_q = torch.zeros_like(target_p[:, :K]).scatter_(-1, ids, 1.0)  # as proposed outright
-    if draft_logits is not None:
-        sampled = (temperature > 0)[:, None, None]  # at temperature 0 the draft's choice is no draw either
-        draft_q = torch.where(sampled, probabilities(draft_logits, temperature[:, None]), draft_q)
-
-    p = target_p[:, :K].gather(-1, ids).squeeze(-1)  # (B, K): target_p(x_k), draft_q(x_k)
-    q = draft_q.gather(-1, ids).squeeze(-1)
-    drafted = draft_tokens >= 0
-    kept = (coins[:, :K] * q < p) & drafted  # strict: a coin of 0 keeps nothing impossible
-    num_accepted = kept.long().cumprod(-1).sum(-1)  # (B,) length of the kept prefix
-
-    # The row at which each chain stopped: the residual after a rejection, target_p after K or at a pad.
-    row = torch.arange(B, device=draft_tokens.device)
-    mass = target_p[row, num_accepted]  # (B, V)
-    if K:
-        last = num_accepted.clamp(max=K - 1)
-        rejected = (num_accepted < K) & drafted[row, last]
-        residual = torch.where(rejected[:, None], mass - draft_q[row, last], mass).clamp(min=0)
-        empty = residual.sum(-1, keepdim=True) == 0  # target_p = draft_q up to rounding
-        mass = torch.where(empty, mass, residual)
-    next_token = inverse_cdf(mass, coins[:, K])
-
-    position = torch.arange(K + 1, device=draft_tokens.device)
-    read = position <= num_accepted[:, None]  # (B, K+1) the rows that the decision rests on
-    broken = (read & target_p[..., 0].isnan()).any() | (read[:, :K] & drafted & draft_q[..., 0].isnan()).any()
-    if broken:
-        raise NoDistribution(REASONS[4])
-    return num_accepted, next_token
-
-
-def _check_shapes(target_logits, draft_logits, draft_tokens, coins, draft_lse):
-    B, K = draft_tokens.shape
-    V = target_logits.shape[-1]
-    if target_logits.shape != (B, K + 1, V):
-        raise ValueError(f"target_logits must be (B, K+1, V) = ({B}, {K + 1}, {V}), got {tuple(target_logits.shape)}")
-    if draft_logits is not None and draft_logits.shape != (B, K, V):
-        raise ValueError(f"draft_logits must be (B, K, V) = ({B}, {K}, {V}), got {tuple(draft_logits.shape)}")
-    if coins.shape != (B, K + 1) or coins.dtype != torch.float64:
-        raise ValueError(f"coins must be (B, K+1) = ({B}, {K + 1}) float64, got {tuple(coins.shape)} {coins.dtype}")
-    if draft_tokens.dtype != torch.int64:
-        raise ValueError(f"draft_tokens must be int64, got {draft_tokens.dtype}")
-    if draft_lse is not None and (draft_lse.shape != (B, K) or draft_lse.dtype != torch.float64):
-        raise ValueError(f"draft_lse must be (B, K) = ({B}, {K}) float64, got {tuple(draft_lse.shape)} {draft_lse.dtype}")
 
 
 # ---- the kernel ----------------------------------------------------------------------------------------
