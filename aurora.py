@@ -5,9 +5,9 @@
     python aurora.py --prompt "def main():"         one answer, drafted tokens coloured
     python aurora.py --target DIR --draft ngram     a Hugging Face checkpoint, and a draft that needs no model
 
-For every request: draft K tokens, verify them with the target, commit what it accepts and one token of its own;
-when the answer is complete, its trace is the draft's next lesson; what it has learned serves the next request, if that
-is ahead on answers that it has not learned from.
+For every request: draft K tokens, verify them with the target, commit what it accepts and one token of its own; when
+the answer is complete, its trace is a lesson for the draft; what it has learned serves the next request, if that is
+ahead on answers that it has not learned from.
 The method is Aurora's (2602.06932); the README numbers the departures.
 """
 
@@ -48,7 +48,7 @@ EXAMINED = 5  # drafted tokens a round, where drafts are compared on held-out an
 
 
 def aurora(target, served, learner, static, requests, K, args, journal):
-    """The algorithm: every request is served by the newest version of the draft, and its trace makes the next one."""
+    """The algorithm: every request is served by the newest version of the draft, and its trace may make the next one."""
     for request, arms in plan(requests, args.compare):
         for arm in arms:
             if arm == "online":
@@ -124,7 +124,7 @@ def examination(target, requests):
 class Journal:
     """A record per (request, arm): the bar and the log while it runs, the tables and the report at the end.
 
-    examine: says how well the draft that serves would do on held-out answers, asked after every update; or None.
+    examine: says how well the draft that serves would do on held-out answers, asked unless the learner rests; or None.
     static: the same of the draft that never learns."""
 
     def __init__(self, args, total, examine=None, static=None):
@@ -339,7 +339,7 @@ def arguments(argv):
     group.add_argument("--target-side", type=float, default=1.0, metavar="SHARE", help="of the loss of rounds that drafted that comes from the target's own tokens, 0 to 1; that of plain rounds always does")
     group.add_argument("--lr", type=float, default=argparse.SUPPRESS, help="of Muon (default: 0.03 for a scratch draft, 0.02 for a trained one)")
     group.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of the optimizer in an update (default: 3 for a scratch draft, 1 for a trained one)")
-    group.add_argument("--learn-every", type=int, default=argparse.SUPPRESS, metavar="N", help="answers per update (default: 1 for a scratch draft, 2 for a trained one); those in between are remembered")
+    group.add_argument("--learn-every", type=int, default=argparse.SUPPRESS, metavar="N", help="answers per update, which learns from the last of them and from N in memory (default: 1 for a scratch draft, 2 for a trained one)")
     group.add_argument("--reservoir", type=int, default=32, metavar="N", help="older requests that are kept in mind beside the last 32; 0 is none")
     group.add_argument("--gate", action=argparse.BooleanOptionalAction, default=True, help="learn only while it shows on new answers; serve what is ahead there, take back what gains nothing, and rest for 64 to 512 answers")
     group.add_argument("--publish-every", type=int, default=1, metavar="M", help="updates per served version")
@@ -598,7 +598,7 @@ def facts(target, draft, K, args, requests, compiled):
           f"draft    {args.draft}: {size}{said}, {K}, {law}\n"
           f"verify   {'kernels.cu' if kernel(torch.device(args.device).type) else 'the torch reference'}\n"
           f"{compiled}"
-          f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, {args.steps} steps after every {args.learn_every} answers, a version every {args.publish_every} updates' + ', gated' * args.gate}\n"
+          f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, {args.steps} optimizer steps per {args.learn_every} answers, {args.publish_every} updates per version' + ', gated' * args.gate}\n"
           f"traffic  {', '.join(order[:9])}{', ..' * (len(order) > 9)}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
 
 

@@ -334,7 +334,7 @@ class Learner:
     def __init__(self, draft, estimator, lr, target_side, steps=1, every=1, chain=4, places=96, recent=32, reservoir=32, horizon=60,
                  scratch=False, gate=False, seed=0):
         self.draft, self.estimator, self.target_side, self.steps, self.every = draft, estimator, target_side, steps, every
-        self.chain, self.places, self.horizon = chain, places, horizon / every  # steps
+        self.chain, self.places, self.horizon = chain, places, max(1, horizon / every)  # steps
         self.optimizers = optimizers(draft, lr)
         self.trained = {name: p for name, p in draft.named_parameters() if p.requires_grad}
         once = {id(p): p.detach().clone() for p in self.trained.values()}
@@ -342,7 +342,7 @@ class Learner:
         self.averaged = 0 if scratch else 3 * self.horizon
         self.recent, self.reservoir, self.size, self.older = deque(maxlen=recent), [], reservoir, 0
         self.updates, self.version, self.unpublished = 0, 0, 0  # newest version; how many updates it lacks
-        self.waiting = 0  # answers since the last update
+        self.waiting = 0  # answers since the last update, those of a rest included: after it the first is learned from
         self.generator = torch.Generator().manual_seed(seed)
         self.acceptance = []  # its estimate, place by place
         self.gate = Gate() if gate and self.trained else None
@@ -412,12 +412,14 @@ class Learner:
         first = trace.num_accepted[trace.drafted().cpu()] > 0  # of each round, whatever its length
         if self.gate.rests(first.sum().item(), len(first)):
             return "rests"
-        anchored, now = self.examine(self.anchor[0], trace), self.examine(self.average, trace)
+        anchored, learned = self.examine(self.anchor[0], trace), self.averaged != self.anchor[1]  # anything since then?
+        now = self.examine(self.average, trace) if learned else anchored
         was_ahead, served = self.gate.ahead, now if self.gate.ahead else anchored
         former = self.examine(self.fallback[0], trace) if self.fallback else served
-        verdict = self.gate.judge(expected_length(now) - expected_length(anchored), expected_length(former) - expected_length(served))
-        if was_ahead and not self.gate.ahead or verdict == "falls back":
-            self.unpublished = float("inf")  # the anchor is due at once
+        gain = expected_length(now) - expected_length(anchored) if learned else None
+        verdict = self.gate.judge(gain, expected_length(former) - expected_length(served))
+        if was_ahead != self.gate.ahead or verdict == "falls back":
+            self.unpublished = float("inf")  # another draft serves, at once
         self.acceptance = (former if verdict == "falls back" else now if self.gate.ahead else anchored).tolist()  # of what serves
         if verdict == "better" or verdict == "falls back" and was_ahead:
             self.set_anchor()  # what serves
@@ -469,21 +471,22 @@ class Learner:
                     self.acceptance = learned.tolist()
             norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
             if not norm.isfinite():
-                self.diverged("the gradient is not finite")
+                self.diverged("the gradient is not finite", batch)
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             if not all(-1e6 < x < 1e6 for p in self.trained.values() for x in p.detach().aminmax()):  # NaN is neither
-                self.diverged("the weights are past a million")
+                self.diverged("the weights are past a million", batch)
             self.averaged += 1
             for name, p in self.trained.items():
                 self.average[name].lerp_(p.detach(), max(1 / self.horizon, 3 / (self.averaged + 2)))
         return {"loss": losses[0], "staleness": sum(staleness) / len(staleness)}
 
-    def diverged(self, why):
+    def diverged(self, why, traces):
         """Goes back to the average, which no such step has touched, so that what is saved can be gone on from; and forgets
-        the newest trace."""
-        self.recent.pop()
+        the step's traces, one of which may be to blame."""
+        self.recent = deque((t for t in self.recent if not any(t is x for x in traces)), self.recent.maxlen)
+        self.reservoir = [t for t in self.reservoir if not any(t is x for x in traces)]
         self.go_back(self.average, self.averaged)
         raise UserError(f"learning diverged at update {self.updates}: {why}; lower --lr")
 
@@ -505,7 +508,7 @@ class Learner:
     def state(self):
         """What a resumed learner needs besides the published draft.  No trace: those are users' text."""
         return {"optimizers": [o.state_dict() for o in self.optimizers], "averaged": self.averaged, "updates": self.updates,
-                "version": self.version, "weights": {name: p.detach() for name, p in self.trained.items()}, "average": self.average,
+                "waiting": self.waiting, "version": self.version, "weights": {name: p.detach() for name, p in self.trained.items()}, "average": self.average,
                 **{name: getattr(self, name) if self.gate else None for name in ("anchor", "fallback", "begun")}, "gate": vars(self.gate) if self.gate else None}
 
     @torch.no_grad()
@@ -519,7 +522,7 @@ class Learner:
                 p.copy_(state["weights"][name])
             for name, p in self.average.items():
                 p.copy_(state["average"][name])
-            self.updates, self.averaged, self.version = (state[name] for name in ("updates", "averaged", "version"))
+            self.updates, self.waiting, self.averaged, self.version = (state[name] for name in ("updates", "waiting", "averaged", "version"))
             if self.gate and state["gate"]:
                 vars(self.gate).update(state["gate"])
                 self.anchor, self.fallback, self.begun = (state[name] for name in ("anchor", "fallback", "begun"))
@@ -596,7 +599,7 @@ def in_earnest(logs, picture):
             mean, = axes.plot(requests, curves.mean(0), label=name, linewidth=2)
             for curve in curves:
                 axes.plot(requests, curve, color=mean.get_color(), linewidth=0.6, alpha=0.7)
-        axes.set(xlabel="requests learned from", ylabel="tokens a round, held-out answers")
+        axes.set(xlabel="requests served", ylabel="tokens a round, held-out answers")
         axes.legend()
         figure.savefig(picture, dpi=150)
 

@@ -23,7 +23,7 @@ class Gate:
 
     The *anchor* is the draft that began, or that proved better since.  Every new answer, before it is learned from, tells
     how many tokens a round to expect of what is learned by now and of the anchor.  The text is the same and neither has
-    learned from it, so the differences d_1 .. d_n since the anchor was set are a fair comparison with little noise:
+    learned from it, so the differences d_1 .. d_n since the two parted are a fair comparison with little noise:
     z = sum d / sqrt(sum d^2), at any n about standard normal where there is no difference.  From the 8th answer on,
 
         z > 2.5           better: what is learned by now is the anchor from now on
@@ -31,7 +31,7 @@ class Gate:
                           that this is so again, up to 512
 
     The second bound is at -2 when n = 8 and rises by 1 as n doubles: progress shows the better, the longer it lasts.  Where
-    there is none, learning ends after 30 answers or so, and at the latest where the two bounds meet, after 181.
+    there is none, learning ends after 30 answers or so, and hardly ever lasts to where the two bounds meet, at 181.
 
     Until then whichever is ahead serves: what is learned by now where z > 0, else the anchor, so that steps which lead
     nowhere cost their time but hardly any acceptance.
@@ -46,8 +46,8 @@ class Gate:
 
     While that is likely (z > 1) the learner does not rest.
 
-    Of equals one comparison in twenty-five ends in "better" all the same.  A rest ends early when traffic shifts: the draft stands still
-    then, and hardly moved before if nothing was gained, so what moves is the traffic."""
+    Of equals one comparison in twenty-five ends in "better" all the same.  A rest ends early when traffic shifts: the draft
+    stands still then, and hardly moved before if nothing was gained, so what moves is the traffic."""
 
     def __init__(self):
         self.resting, self.rest, self.ahead = 0, FIRST_REST, False
@@ -81,13 +81,16 @@ class Gate:
         return bool((kept - share * tested)[now].sum().abs() > SHIFT * error)
 
     def judge(self, gain, lead=0.0):
-        """gain: how many more tokens a round an answer promises of what is learned by now than of the anchor; lead: of
-        the fallback than of what serves -> "better", "falls back", "nothing gained" or, too early to say, "learns"."""
-        self.gains, self.leads = [*self.gains, gain], [*self.leads, lead]
+        """gain: how many more tokens a round an answer promises of what is learned by now than of the anchor, None while they
+        are one and the same; lead: of the fallback than of what serves -> "better", "falls back", "nothing gained" or, too
+        early to say, "learns"."""
+        self.leads = [*self.leads, lead]
         if sum(self.leads) <= 0:
             self.leads = []
+        if gain is not None:
+            self.gains = [*self.gains, gain]
+            self.ahead = standard(self.gains) > 0
         n, z = len(self.gains), standard(self.gains)
-        self.ahead = z > 0
         if len(self.leads) >= EARLIEST and standard(self.leads) > BETTER:
             verdict = "falls back"
         elif n >= EARLIEST and z > BETTER:
@@ -136,7 +139,7 @@ def load_learner(directory, target):
         return draft, {}
     try:
         state = torch.load(beside, map_location="cpu", weights_only=True)
-        return draft, {name: state[name] for name in ("optimizers", "weights", "average", "averaged", "updates", "version", "anchor", "fallback", "begun", "gate")}
+        return draft, {name: state[name] for name in ("optimizers", "weights", "average", "averaged", "updates", "waiting", "version", "anchor", "fallback", "begun", "gate")}
     except KeyError as error:
         raise UserError(f"{beside} lacks {error}: another version wrote it; delete it to go on from the draft alone") from None
     except Exception as error:  # torch raises many kinds for a file that is not its own
