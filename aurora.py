@@ -296,7 +296,7 @@ def plot(journal, path):
             axes.plot([], [], color=colour, linewidth=2, label=f"{arm} draft, {'on held-out answers' if journal.examined else 'running mean'}")
     axes.plot([], [], ".", color="black", alpha=0.35, markersize=4, label="as served, one request")
     axes.set(xlabel="requests served", ylabel="acceptance length, tokens per round")
-    axes.legend(loc="best", fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
