@@ -67,9 +67,10 @@ class DraftLength:
     That is as lossless as a fixed length, since whether a place is drafted depends on the tokens before it alone.
 
     seconds: measured, of a round with K = 0, 1, .. longest drafted tokens.  Where nothing pays, a round with K = 1 still
-    probes now and then, for at most `probing` of all the time, so a worthless draft costs that much and no more."""
+    probes now and then.  What it takes longer than a plain one, by these, is at most `probing` of all the time; on top of that
+    the draft has to read what was said since the last probe, which is about twice as much again."""
 
-    def __init__(self, seconds, doubts=False, probing=0.01, hope=0.7):
+    def __init__(self, seconds, doubts=False, probing=0.005, hope=0.7):
         self.longest, self.seconds, self.probing, self.hope = len(seconds) - 1, seconds, probing, hope
         self.kept = [0.0] * self.longest  # each place's acceptances and
         self.tested = [0.0] * self.longest  # tests, old ones fading

@@ -103,7 +103,7 @@ class Generation:
 
         # Commit: nothing is undone, the next round goes on from `length` and writes over what was rejected.
         output = []
-        self.drafted = (draft_tokens >= 0).sum(1).tolist() if enough else [K] * len(self.requests)
+        self.drafted = (draft_tokens >= 0).sum(1).tolist() if enough and K else [K] * len(self.requests)
         drafted, decided = draft_tokens.tolist(), torch.stack([num_accepted, next_token], 1).tolist()
         for b, (n, own) in enumerate(decided):
             if not self.active(b):  # a finished row stands still
