@@ -231,7 +231,9 @@ def compile_forwards(target, drafts, slots, learning=None, cuts=False):
         for model, name, rows, before, after in tqdm(forwards, desc="compiling", leave=False, disable=None):
             with ExitStack() as settings:
                 if model is learning:
-                    table = torch._inductor.decomposition.fast_random_decomps()  # torch keeps graphs without regard to it
+                    from torch._inductor.decomposition import fast_random_decomps
+
+                    table = fast_random_decomps()  # torch keeps graphs without regard to it
                     settings.enter_context(patch.dict(table, {torch.ops.aten.mm.default: one_row}))
                     settings.enter_context(torch.compiler.config.patch(cache_key_tag=inspect.getsource(one_row)))
                 else:
