@@ -598,7 +598,7 @@ def facts(target, draft, K, args, requests, compiled):
           f"draft    {args.draft}: {size}{said}, {K}, {law}\n"
           f"verify   {'kernels.cu' if kernel(torch.device(args.device).type) else 'the torch reference'}\n"
           f"{compiled}"
-          f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, {args.steps} optimizer steps per {args.learn_every} answers, {args.publish_every} updates per version' + ', gated' * args.gate}\n"
+          f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, steps {args.steps}, learn-every {args.learn_every}, publish-every {args.publish_every}' + ', gated' * args.gate}\n"
           f"traffic  {', '.join(order[:9])}{', ..' * (len(order) > 9)}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
 
 

@@ -1027,7 +1027,8 @@ def verdicts(gate, gains, kept=0, tested=0):
 
 def test_the_gate_hardly_takes_noise_for_progress_and_knows_progress(trials=2000):
     """Differences of a drift and standard deviation 1, until the first verdict.  Of comparisons of equals, looked at after
-    every answer from the 8th on, one in twenty-five ends in "better"; the seed is fixed, so the bound is that of one draw."""
+    every answer from the 8th on, one in twenty-five ends in "better" (5 % is 2.5 standard errors of 2000 more, so that one
+    seed in two hundred would go over it; this one is fixed)."""
     g = torch.Generator().manual_seed(0)
     share, answers = {}, {}
     for drift in (0.0, 0.5, -0.5):
