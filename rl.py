@@ -412,7 +412,8 @@ class Learner:
         first = trace.num_accepted[trace.drafted().cpu()] > 0  # of each round, whatever its length
         if self.gate.rests(first.sum().item(), len(first)):
             return "rests"
-        anchored, learned = self.examine(self.anchor[0], trace), self.averaged != self.anchor[1]  # anything since then?
+        learned = self.averaged != self.anchor[1]  # since the anchor was set; else the two are one
+        anchored = self.examine(self.anchor[0], trace)
         now = self.examine(self.average, trace) if learned else anchored
         was_ahead, served = self.gate.ahead, now if self.gate.ahead else anchored
         former = self.examine(self.fallback[0], trace) if self.fallback else served
@@ -485,8 +486,9 @@ class Learner:
     def diverged(self, why, traces):
         """Goes back to the average, which no such step has touched, so that what is saved can be gone on from; and forgets
         the step's traces, one of which may be to blame."""
-        self.recent = deque((t for t in self.recent if not any(t is x for x in traces)), self.recent.maxlen)
-        self.reservoir = [t for t in self.reservoir if not any(t is x for x in traces)]
+        blamed = {id(trace) for trace in traces}
+        self.recent = deque((t for t in self.recent if id(t) not in blamed), self.recent.maxlen)
+        self.reservoir = [t for t in self.reservoir if id(t) not in blamed]
         self.go_back(self.average, self.averaged)
         raise UserError(f"learning diverged at update {self.updates}: {why}; lower --lr")
 
