@@ -23,7 +23,8 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 
@@ -48,20 +49,35 @@ EXAMINED = 5  # drafted tokens a round, where drafts are compared on held-out an
 
 
 def aurora(target, served, learner, static, requests, K, args, journal):
-    """The algorithm: every request is served by the newest version of the draft, and its trace may make the next one."""
-    for request, arms in plan(requests, args.compare):
-        for arm in arms:
-            if arm == "online":
-                trace, seconds = generate(target, served, request, K[arm], learner.version)  # draft, verify, commit
-                learning = {} if args.no_learn else learner.update(trace)
-                if learner.unpublished >= args.publish_every:
-                    served.load_state_dict(learner.publish())
-                    K[arm].trust(learner.acceptance)
-            elif arm == "static":
-                trace, seconds, learning = *generate(target, static, request, K[arm]), {}
-            else:
-                trace, seconds, learning = *generate(target, None, request, K=0), {}
-            journal.record(arm, request, trace, seconds, **learning)
+    """The algorithm: every request is served by the newest version of the draft.  Meanwhile, on another core, the draft learns
+    from the answer before; what it makes of that may serve the next request."""
+    lesson = None
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=[torch.get_num_threads()]) as core:
+        for request, arms in plan(requests, args.compare):
+            for arm in arms:
+                if arm == "online":
+                    learning = core.submit(learner.update, lesson) if lesson else None
+                    trace, seconds = generate(target, served, request, K[arm], learner.version)  # draft, verify, commit
+                    journal.record(arm, request, trace, seconds)
+                    publish(learning, learner, served, K[arm], args, journal)
+                    lesson = None if args.no_learn else trace
+                elif arm == "static":
+                    journal.record(arm, request, *generate(target, static, request, K[arm]))
+                else:
+                    journal.record(arm, request, *generate(target, None, request, K=0))
+        if lesson:
+            publish(core.submit(learner.update, lesson), learner, served, K["online"], args, journal)
+
+
+def publish(learning, learner, served, draft_length, args, journal):
+    """Waits for what the learner makes of an answer; from then on that serves, if it is due."""
+    if learning:
+        begun, outcome = time.perf_counter(), learning.result()
+        due = learner.unpublished >= args.publish_every
+        if due:
+            served.load_state_dict(learner.publish())
+            draft_length.trust(learner.acceptance)
+        journal.learned(due, time.perf_counter() - begun, **outcome)
 
 
 def draft_lengths(target, online, static, args):
@@ -124,16 +140,17 @@ def examination(target, requests):
 class Journal:
     """A record per (request, arm): the bar and the log while it runs, the tables and the report at the end.
 
-    examine: says how well the draft that serves would do on held-out answers, asked unless the learner rests; or None.
+    examine: says how well the draft that serves would do on held-out answers, asked whenever that is another; or None.
     static: the same of the draft that never learns."""
 
     def __init__(self, args, total, examine=None, static=None):
-        self.records, self.examine, self.static = [], examine, static
+        self.records, self.examine, self.static, self.learns = [], examine, static, not args.no_learn
         self.begun = self.examined = examine and examine()
         self.log = open(args.log, "w") if args.log else None
+        self.lessons = deque()  # records of answers that nothing was learned from yet
         self.bar = tqdm(total=total, unit="request", disable=None if total > 1 else True)
 
-    def record(self, arm, request, trace, seconds, loss=None, expected_length=None, staleness=None, verdict=None, learn_seconds=0.0):
+    def record(self, arm, request, trace, seconds):
         width = (trace.draft_tokens >= 0).sum(1).cpu()  # what each round drafted; one of plain decoding has no acceptance length
         kept = trace.num_accepted[width > 0]
         line = {"arm": arm, "class": request.kind, "seed": request.seed, "draft_version": trace.version,
@@ -142,13 +159,15 @@ class Journal:
                 "tested": int((trace.num_accepted + 1).minimum(width).sum()),  # drafted tokens up to the first rejection
                 "acceptance_histogram": torch.bincount(kept, minlength=trace.draft_tokens.shape[1] + 1).tolist(),
                 "mean_acceptance_length": 1 + int(kept.sum()) / max(1, len(kept)),
-                "serve_seconds": seconds, "learn_seconds": learn_seconds,
-                "expected_length": expected_length, "staleness": staleness, "update_loss": loss, "gate": verdict}
-        if self.examine and arm == "online":
-            self.examined = line["held_out"] = self.examine() if learn_seconds and verdict != "rests" else self.examined
+                "serve_seconds": seconds, "learn_seconds": 0.0, "wait_seconds": 0.0,
+                "expected_length": None, "staleness": None, "update_loss": None, "gate": None}
         self.records.append(line)
-        if self.log:
-            print(json.dumps(line), file=self.log, flush=True)
+        if self.examine and arm == "online":
+            line["held_out"] = self.examined
+        if self.learns and arm == "online":
+            self.lessons.append(line)
+        else:
+            self.write(line)
         if arm == "online":
             recent = [r for r in self.records[-60:] if r["arm"] == arm][-20:]
             now = summary(recent)
@@ -156,6 +175,19 @@ class Journal:
                 f"{request.kind}: acceptance length {now['mean_acceptance_length']:.2f}, overlap {overlap(recent):.2f}, "
                 f"{now['tokens_per_second']:.0f} tokens/s, draft v{trace.version}", refresh=False)
             self.bar.update()
+
+    def learned(self, published, wait_seconds, learn_seconds, loss=None, expected_length=None, staleness=None, verdict=None):
+        """What the learner made of the oldest answer of which that is not known yet; only then is its line whole."""
+        line = self.lessons.popleft()
+        line |= {"learn_seconds": learn_seconds, "wait_seconds": wait_seconds, "expected_length": expected_length,
+                 "staleness": staleness, "update_loss": loss, "gate": verdict}
+        if self.examine:
+            self.examined = line["held_out"] = self.examine() if published else self.examined
+        self.write(line)
+
+    def write(self, line):
+        if self.log:
+            print(json.dumps(line), file=self.log, flush=True)
 
     def of(self, kind, arm):
         return [r for r in self.records if r["class"] == kind and r["arm"] == arm]
@@ -214,6 +246,8 @@ class Journal:
 
     def close(self):
         self.bar.close()
+        for line in self.lessons:  # that there was no time to learn from
+            self.write(line)
         if self.log:
             self.log.close()
 
@@ -242,11 +276,11 @@ def summary(records):
     """Totals and metrics as vLLM defines them; the README has the formulas."""
     tokens, rounds = sum(r["tokens"] for r in records), max(1, sum(r["rounds"] for r in records))
     passes = sum(r["rounds"] + r["plain_rounds"] for r in records)
-    serve, learning = sum(r["serve_seconds"] for r in records), sum(r["learn_seconds"] for r in records)
+    serve, learning, wait = (sum(r[name] for r in records) for name in ("serve_seconds", "learn_seconds", "wait_seconds"))
     histogram = [sum(column) for column in zip_longest(*(r["acceptance_histogram"] for r in records), fillvalue=0)]
     latency = sorted(r["serve_seconds"] for r in records)
-    return {"requests": len(records), "tokens": tokens, "serve_seconds": serve, "learn_seconds": learning,
-            "tokens_per_second": tokens / serve, "tokens_per_second_with_learning": tokens / (serve + learning),
+    return {"requests": len(records), "tokens": tokens, "serve_seconds": serve, "learn_seconds": learning, "wait_seconds": wait,
+            "tokens_per_second": tokens / serve, "tokens_per_second_with_learning": tokens / (serve + wait),
             "mean_acceptance_length": 1 + sum(r["accepted"] for r in records) / rounds,
             "drafted_per_round": sum(r["drafted"] for r in records) / passes,
             "acceptance_per_position": [sum(histogram[k:]) / rounds for k in range(1, len(histogram))],
@@ -338,8 +372,7 @@ def arguments(argv):
     group.add_argument("--estimator", choices=ESTIMATORS, default="log", help="a rung of the ladder that python rl.py shows, from the biased textbook to Aurora's KL; each learns from either side")
     group.add_argument("--target-side", type=float, default=1.0, metavar="SHARE", help="of the loss of rounds that drafted that comes from the target's own tokens, 0 to 1; that of plain rounds always does")
     group.add_argument("--lr", type=float, default=argparse.SUPPRESS, help="of Muon (default: 0.03 for a scratch draft, 0.02 for a trained one)")
-    group.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of the optimizer in an update (default: 3 for a scratch draft, 1 for a trained one)")
-    group.add_argument("--learn-every", type=int, default=argparse.SUPPRESS, metavar="N", help="answers per update, which learns from the last of them and from N in memory (default: 1 for a scratch draft, 2 for a trained one)")
+    group.add_argument("--learn-every", type=int, default=argparse.SUPPRESS, metavar="TOKENS", help="of answers, per step of the optimizer; 0: a step an answer (default: 32 for a scratch draft, 128 for a trained one)")
     group.add_argument("--reservoir", type=int, default=32, metavar="N", help="older requests that are kept in mind beside the last 32; 0 is none")
     group.add_argument("--gate", action=argparse.BooleanOptionalAction, default=True, help="learn only while it shows on new answers; serve what is ahead there, take back what gains nothing, and rest for 64 to 512 answers")
     group.add_argument("--publish-every", type=int, default=1, metavar="M", help="updates per served version")
@@ -362,10 +395,10 @@ def arguments(argv):
     args = parser.parse_args(argv)
     scratch = args.draft == "scratch"
     dtype = "bfloat16" if args.compile and fast_bfloat16() else "float32"
-    args = argparse.Namespace(**{"steps": 3 if scratch else 1, "learn_every": 1 if scratch else 2, "lr": 0.03 if scratch else 0.02, "dtype": dtype} | vars(args))
+    args = argparse.Namespace(**{"learn_every": 32 if scratch else 128, "lr": 0.03 if scratch else 0.02, "dtype": dtype} | vars(args))
     if (args.compile or args.profile) and torch.device(args.device).type != "cpu":
         parser.error("--compile and --profile are for --device cpu")
-    for name, low in (("requests", 1), ("max_new_tokens", 1), ("steps", 1), ("learn_every", 1), ("publish_every", 1), ("held_out", 0), ("reservoir", 0), ("threads", 0), ("top_k", 0), ("draft_vocab", 0)):
+    for name, low in (("requests", 1), ("max_new_tokens", 1), ("learn_every", 0), ("publish_every", 1), ("held_out", 0), ("reservoir", 0), ("threads", 0), ("top_k", 0), ("draft_vocab", 0)):
         if getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
     if args.num_speculative_tokens != "auto" and args.num_speculative_tokens < 1:
@@ -590,6 +623,9 @@ def facts(target, draft, K, args, requests, compiled):
     size = f"{count(draft) / 1e6:.1f}M parameters in {'one layer' if layers == 1 else f'{layers} layers'}, {kept_as}" if count(draft) else "prompt lookup"
     said = f", {len(draft.vocabulary)} of {c.vocab_size} ids" if draft.vocabulary is not None else ""
     law = f"temperature {args.temperature}" + (f", top-p {args.top_p}" if args.top_p < 1 else "") + (f", top-k {args.top_k}" if args.top_k else "")
+    step = f"{args.learn_every} tokens" if args.learn_every else "answer"
+    learning = (f"{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, a step every {step}, "
+                f"publish-every {args.publish_every}" + ", gated" * args.gate)
     if compiled:
         no_bfloat16 = "" if fast_bfloat16() or args.dtype == "bfloat16" else "; float32, as this processor has no products in bfloat16"
         compiled = f"compile  {compiled}{no_bfloat16}\n"
@@ -598,7 +634,7 @@ def facts(target, draft, K, args, requests, compiled):
           f"draft    {args.draft}: {size}{said}, {K}, {law}\n"
           f"verify   {'kernels.cu' if kernel(torch.device(args.device).type) else 'the torch reference'}\n"
           f"{compiled}"
-          f"learner  {'off' if args.no_learn else f'{args.estimator}, {args.target_side:.0%} from the target side, lr {args.lr:g}, steps {args.steps}, learn-every {args.learn_every}, publish-every {args.publish_every}' + ', gated' * args.gate}\n"
+          f"learner  {'off' if args.no_learn else learning}\n"
           f"traffic  {', '.join(order[:9])}{', ..' * (len(order) > 9)}: {len(requests)} requests, {args.max_new_tokens} new tokens each\n")
 
 
@@ -620,7 +656,7 @@ def main(argv=None):
         return stream(target, tokenizer, served, requests[0], args)
     K = draft_lengths(target, served, static, args)
     # Also where nothing is learned: of what an earlier run kept, only the gate knows what served.
-    learner = Learner(draft, args.estimator, args.lr, args.target_side, args.steps, args.learn_every, min(5, K["online"].longest),
+    learner = Learner(draft, args.estimator, args.lr, args.target_side, args.learn_every, min(5, K["online"].longest),
                       reservoir=args.reservoir, scratch=args.draft == "scratch", gate=args.gate or args.no_learn, seed=args.seed)
     learner.restore(state)
     facts(target, served, K["online"], args, requests, compiled)

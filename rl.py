@@ -319,22 +319,21 @@ class Learner:
 
     target_side in 0..1 is the share of the loss that comes from the target's own tokens, in chains up to `chain` that start
     at `places` places of an answer, drawn at random.  The rest comes from the draft's tokens, of as many rounds; rounds of
-    plain decoding have none and teach by the target's all the same.  An update, after `every` answers, is `steps` optimizer
-    steps: the first on the new trace and `every` from memory, further ones on as many from memory alone.  In memory are the
-    last `recent` traces and, of all that are older, a sample of `reservoir` (Vitter 1985), so that what is no longer asked
-    for is not forgotten.
+    plain decoding have none and teach by the target's all the same.  There is an optimizer step for every `every` tokens of
+    answers (0: for every answer), so that it takes as long beside short answers as beside long ones; each step is on the newest
+    trace and `replayed` from memory.  In memory are the last `recent` traces and, of all that are older, a sample of `reservoir`
+    (Vitter 1985), so that what is no longer asked for is not forgotten.
 
     The rate is constant, since traffic has no end for it to fall towards.  What a falling rate is for, averaging does:
-    what may serve is the mean of the weights over the steps of the last `horizon` answers or so, if there is one step an
-    update (Polyak & Juditsky 1992).  A random draft (`scratch`) soon leaves its start behind, so its average covers only
-    the last third of its steps at first.
+    what may serve is the mean of the weights over the last `horizon` steps or so (Polyak & Juditsky 1992).  A random draft
+    (`scratch`) soon leaves its start behind, so its average covers only the last third of its steps at first.
 
     With a `gate` (versions.py) it learns only while that shows, and what does not show is taken back."""
 
-    def __init__(self, draft, estimator, lr, target_side, steps=1, every=1, chain=4, places=96, recent=32, reservoir=32, horizon=60,
+    def __init__(self, draft, estimator, lr, target_side, every=0, chain=4, places=96, replayed=2, recent=32, reservoir=32, horizon=60,
                  scratch=False, gate=False, seed=0):
-        self.draft, self.estimator, self.target_side, self.steps, self.every = draft, estimator, target_side, steps, every
-        self.chain, self.places, self.horizon = chain, places, max(1, horizon / every)  # steps
+        self.draft, self.estimator, self.target_side, self.every = draft, estimator, target_side, every
+        self.chain, self.places, self.replayed, self.horizon = chain, places, replayed, horizon
         self.optimizers = optimizers(draft, lr)
         self.trained = {name: p for name, p in draft.named_parameters() if p.requires_grad}
         once = {id(p): p.detach().clone() for p in self.trained.values()}
@@ -342,7 +341,7 @@ class Learner:
         self.averaged = 0 if scratch else 3 * self.horizon
         self.recent, self.reservoir, self.size, self.older = deque(maxlen=recent), [], reservoir, 0
         self.updates, self.version, self.unpublished = 0, 0, 0  # newest version; how many updates it lacks
-        self.waiting = 0  # answers since the last update, those of a rest included: after it the first is learned from
+        self.waiting = 0  # tokens of answers since the last step
         self.generator = torch.Generator().manual_seed(seed)
         self.acceptance = []  # its estimate, place by place
         self.gate = Gate() if gate and self.trained else None
@@ -395,14 +394,15 @@ class Learner:
         staleness: versions between the one that served a trace and the newest, mean over the traces learned from.
 
         Raises UserError when a gradient is not finite or the weights have exploded."""
-        begun, outcome = time.perf_counter(), {}
-        self.waiting += 1
+        begun, outcome, memory = time.perf_counter(), {}, [*self.recent, *self.reservoir]
         if self.gate:
             outcome["verdict"] = self.judge(trace)
-        if outcome.get("verdict") in ("rests", "nothing gained") or self.waiting < self.every:
-            self.remember(trace)
-        else:
-            outcome |= self.learn(trace)
+        self.remember(trace)
+        if outcome.get("verdict") not in ("rests", "nothing gained"):
+            self.waiting += len(trace.ids) - trace.prompt_length
+            steps, self.waiting = divmod(self.waiting, self.every or self.waiting)
+            if steps:
+                outcome |= self.learn(trace, memory, steps)
         if "loss" in outcome or outcome.get("verdict", "rests") != "rests":
             outcome["expected_length"] = expected_length(self.acceptance)
         return outcome | {"learn_seconds": time.perf_counter() - begun}
@@ -451,17 +451,14 @@ class Learner:
             optimizer.zero_grad()
         self.averaged = averaged
 
-    def learn(self, trace):
-        """`update` where it learns."""
+    def learn(self, trace, memory, steps):
+        """So many steps on a new trace and, of those in memory before it, others at each."""
         losses, staleness = [], []
-        self.updates, self.waiting = self.updates + 1, 0
+        self.updates += 1
         self.unpublished += not self.gate or self.gate.ahead  # else the anchor goes on serving
-        for step in range(self.steps):
-            memory = [*self.recent, *self.reservoir]
+        for _ in range(steps):
             order = torch.randperm(len(memory), generator=self.generator).tolist()
-            batch = [memory[i] for i in order[: self.every + 1]] if step else [trace] + [memory[i] for i in order[: self.every]]
-            if step == 0:
-                self.remember(trace)
+            batch = [trace] + [memory[i] for i in order[: self.replayed]]
             for example in batch:
                 with replaying(example.ids.device):
                     loss, learned = self.loss(example)

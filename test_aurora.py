@@ -18,6 +18,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -950,7 +952,7 @@ def test_places_are_drawn_without_looking():
 
 def test_divergence_is_reported_and_the_draft_kept():
     target = tiny_target()
-    learner = rl.Learner(tiny_draft(target), "log", 1e-3, 0.5)
+    learner = rl.Learner(tiny_draft(target), "log", 1e-3, 0.5, replayed=1)
     trace, _ = generate(target, learner.draft, request(), 3)
     trace.features[0] = float("nan")
     whole, _ = generate(target, learner.draft, request(seed=1), 3)
@@ -963,10 +965,10 @@ def test_divergence_is_reported_and_the_draft_kept():
     assert len(learner.recent) == 1 and learner.recent[0] is not trace and learner.update(whole)["loss"] > 0  # of two in memory one was learned from
 
 
-@pytest.mark.parametrize("steps", "12")
-def test_weights_that_left_the_numbers_are_never_published(files, tmp_path, steps):
+@pytest.mark.parametrize("every", "06")
+def test_weights_that_left_the_numbers_are_never_published(files, tmp_path, every):
     with pytest.raises(UserError, match="diverged.*weights"):
-        run(files, "--lr", "1e38", "--steps", steps, "--save", f"{tmp_path}/kept")
+        run(files, "--lr", "1e38", "--learn-every", every, "--save", f"{tmp_path}/kept")
     run(files, "--draft", f"{tmp_path}/kept", "--no-learn")  # what served last was kept, and serves
 
 
@@ -1225,7 +1227,7 @@ def test_the_draft_that_began_is_the_fallback_and_changes_places_with_what_serve
         there, other = copied(learner.anchor[0]), copied(learner.fallback[0])
         expected = [rl.expected_length(learner.examine(w, trace)) for w in (now, there, other)]
         assert len(set(expected)) == 3
-        learner.learn = lambda trace: learned.append(trace) or {}  # looked at before it learns on
+        learner.learn = lambda trace, *_: learned.append(trace) or {}  # looked at before it learns on
         assert learner.update(trace)["verdict"] == "falls back" and learner.unpublished == float("inf")
         assert heard[-1] == pytest.approx((expected[0] - expected[1], expected[2] - (expected[0] if ahead else expected[1])), abs=1e-6)
         assert same(learner.anchor[0], other) and same(learner.fallback[0], now if ahead else there) and same(learner.average, other)
@@ -1287,61 +1289,66 @@ def test_the_learner_multiplies_in_bfloat16_and_hardly_errs(monkeypatch):
     assert 0.99 < torch.cosine_similarity(gradients[True], gradients[False], 0) < 1 - 1e-7
 
 
-@pytest.mark.parametrize("gate, steps", [(True, 1), (False, 1), (True, 2)])
-def test_an_update_waits_for_its_answers(monkeypatch, gate, steps, every=3):
-    """All of them are judged and remembered; the last is learned from, and as many from memory; in a further step as many
-    traces, of those in memory."""
-    learner, trace = gated(every=every, steps=steps)
+@pytest.mark.parametrize("gate", [True, False])
+def test_steps_come_with_tokens(monkeypatch, gate):
+    """A step for every `every` tokens of answers, a long answer's several in one update, a short one's put off: it is judged and
+    remembered all the same.  Each is on the newest trace and on others from memory, all different, none of them the newest."""
+    learner, trace = gated(every=100)
     learner.gate = learner.gate if gate else None
-    traces, learned = [replace(trace, version=i) for i in range(2 * every + 1)], []
+    traces, learned = [replace(trace, version=i) for i in range(9)], []
+    tokens = len(trace.ids) - trace.prompt_length
     monkeypatch.setattr(learner, "loss", lambda trace, f=learner.loss: (learned.append(trace.version), f(trace))[1])
     told = [learner.update(t) for t in traces]
-    updated = ([False] * (every - 1) + [True]) * 2 + [False]
-    assert ["loss" in t for t in told] == updated and learner.updates == 2 and learner.waiting == 1
-    first, second = learned[: steps * every], learned[steps * every :]  # all that there is, and one more
-    assert first[0] == every - 1 and second[0] == 2 * every - 1 and len(second) == steps * (every + 1)
-    for batch in [first[i * every : (i + 1) * every] for i in range(steps)]:
-        assert sorted(batch) == list(range(every))
-    for batch in [second[i * (every + 1) : (i + 1) * (every + 1)] for i in range(steps)]:
-        assert len(set(batch)) == every + 1
-    assert ["expected_length" in t for t in told] == (len(traces) * [True] if gate else updated)
-    assert [t.version for t in learner.recent] == list(range(len(traces))) and learner.horizon == 4 / every
-    assert rl.Learner(learner.draft, "log", 1e-2, 1.0, every=5, horizon=4).horizon == 1  # or the average would overshoot
+    due = [(i + 1) * tokens // 100 - i * tokens // 100 for i in range(9)]
+    assert sum(due) == learner.updates == learner.averaged - 3 * learner.horizon >= 2 and learner.waiting == 9 * tokens % 100
+    assert ["loss" in t for t in told] == [bool(n) for n in due] and ["expected_length" in t for t in told] == (9 * [True] if gate else [bool(n) for n in due])
+    assert [t.version for t in learner.recent] == list(range(9)) and learned[::3] == [i for i, n in enumerate(due) if n]
+    assert all(len({learned[i], *learned[i : i + 3]}) == 3 for i in range(0, len(learned), 3))
+    learner.every, learner.waiting = tokens // 3, 0
+    learned.clear()
+    learner.update(replace(trace, version=9))
+    assert learned[::3] == [9] * 3 and all(x < 9 for i, x in enumerate(learned) if i % 3) and learner.waiting == tokens % 3
+    learner.every = 0
+    learner.update(trace)
+    assert len(learned) == 12 and learner.waiting == 0
     if gate:
-        assert len(learner.gate.gains) == len(traces) - every  # what is learned is the anchor until the first update
+        assert len(learner.gate.gains) == 11 - due.index(1) - 1  # what is learned is the anchor until the first update
 
 
 def test_what_serves_changes_at_an_answer_that_is_not_learned_from():
     """Ahead, and a version is due at once; "better" there makes it the anchor, and no comparison with itself takes it back.
     A resumed learner waits on where the last one stopped."""
-    learner, trace = gated(every=2)
+    learner, trace = gated()
+    tokens = len(trace.ids) - trace.prompt_length
+    learner.every = 2 * tokens
     gains, judge = iter([5.0] + [1.0] * 10), learner.gate.judge
     learner.gate.judge = lambda gain, lead: judge(None if gain is None else next(gains), lead)
     said = []
     for n in range(14):
         said.append(learner.update(trace)["verdict"])
         if n == 2:
-            assert learner.waiting == 1 and learner.gate.ahead and learner.unpublished == float("inf")
+            assert learner.waiting == tokens and learner.gate.ahead and learner.unpublished == float("inf")
             assert same(learner.publish(), learner.draft.state_dict() | learner.average) and learner.version == 1
         if "better" in said:
             break
     learner.publish()
-    assert said[-1] == "better" and (n, learner.waiting, learner.gate.ahead, learner.gate.gains) == (12, 1, True, [])
+    assert said[-1] == "better" and (n, learner.waiting, learner.gate.ahead, learner.gate.gains) == (12, tokens, True, [])
     state = copy.deepcopy(learner.state())
     assert "loss" in learner.update(trace)
     assert learner.gate.ahead and learner.gate.gains == [] and learner.unpublished == 1
-    resumed = rl.Learner(twin(learner.draft), "log", 1e-2, 1.0, horizon=4, gate=True, every=2)
+    resumed = rl.Learner(twin(learner.draft), "log", 1e-2, 1.0, horizon=4, gate=True, every=learner.every)
     resumed.restore(state)
-    assert resumed.waiting == 1 and "loss" in resumed.update(trace)
+    assert resumed.waiting == tokens and "loss" in resumed.update(trace)
 
 
-def test_a_rest_takes_nothing_from_the_next_update():
-    """Its answers count as waiting: the first one after it is learned from."""
-    learner, trace = gated(-1.0, every=2)
-    assert [learner.update(trace)["verdict"] for _ in range(10)][-1] in ("nothing gained", "rests") and learner.gate.resting
-    learner.gate.resting, learner.waiting = 1, 0
-    told = learner.update(trace), learner.update(trace)
-    assert told[0].keys() == {"verdict", "learn_seconds"} and told[0]["verdict"] == "rests" and "loss" in told[1]
+def test_a_rest_leaves_no_steps_to_be_made_up_for():
+    """Its answers do not count, or the first one after it would bring many steps at once."""
+    learner, trace = gated(-1.0)
+    assert [learner.update(trace)["verdict"] for _ in range(8)][-1] == "nothing gained" and learner.gate.resting
+    learner.every, learner.gate.resting, learner.waiting = 2 * (len(trace.ids) - trace.prompt_length), 3, 0
+    told = [learner.update(trace) for _ in range(5)]
+    assert told[0].keys() == {"verdict", "learn_seconds"} and [t["verdict"] for t in told] == ["rests"] * 3 + ["learns"] * 2
+    assert ["loss" in t for t in told] == [False] * 4 + [True]
 
 
 def twin_with(learner, weights):
@@ -1408,19 +1415,20 @@ def test_gate_on_the_command_line(files, tmp_path, monkeypatch, capsys):
     def run(*more, prompts="p.txt", draft="static"):
         capsys.readouterr()
         aurora.main(["--target", f"{files}/target.pt", "--static", f"{files}/draft.pt", "--draft", draft, "--prompts", f"{tmp_path}/{prompts}",
-                     "--max-new-tokens", "8", "--num-speculative-tokens", "2", "--log", f"{tmp_path}/l.jsonl", *more])
+                     "--max-new-tokens", "8", "--num-speculative-tokens", "2", "--learn-every", "0", "--log", f"{tmp_path}/l.jsonl", *more])
         lines = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
         return capsys.readouterr().out, [x for x in lines if x["arm"] == "online"]
 
     out, lines = run("--save", f"{tmp_path}/kept")
     assert [x["gate"] for x in lines] == ["learns"] * 7 + ["nothing gained"] + ["rests"] * 4
-    assert [x["draft_version"] for x in lines] == [0] * 12 and [x["update_loss"] is None for x in lines] == [True, False] * 3 + [True] * 6
-    assert "3 updates in 12 answers; found better 0 times, taken back 1 times (8), fell back 0 times" in out and ", gated" in out
+    assert [x["draft_version"] for x in lines] == [0] * 12 and [x["update_loss"] is None for x in lines] == [False] * 7 + [True] * 5
+    assert "7 updates in 12 answers; found better 0 times, taken back 1 times (8), fell back 0 times" in out and ", gated" in out
     begun = load(files / "draft.pt")[1]
     assert same(load(tmp_path / "kept/v000000/draft.pt")[1], begun)
-    out, lines = run("--no-gate", "--learn-every", "3")
-    assert "gate" not in out.replace("gate_proj", "") and {x["gate"] for x in lines} == {None}
-    assert [x["update_loss"] is None for x in lines] == [True, True, False] * 4 and [x["draft_version"] for x in lines][::3] == [0, 1, 2, 3]
+    out, lines = run("--no-gate", "--learn-every", "20")
+    assert "gate" not in out.replace("gate_proj", "") and {x["gate"] for x in lines} == {None} and "a step every 20 tokens" in out
+    updates = [0, 0] + [x["update_loss"] is not None for x in lines]  # what is learned while one is served, serves the next
+    assert [x["draft_version"] for x in lines] == [sum(updates[: i + 1]) for i in range(12)] and 3 <= sum(updates) <= 5
 
     run("--save", f"{tmp_path}/two", prompts="short.txt")
     assert same(load(tmp_path / "two/v000000/draft.pt")[1], begun)  # what serves; what is learned is with the learner
@@ -1452,7 +1460,7 @@ def files(tmp_path_factory):
 def run(files, *more):
     fixed = [] if "--num-speculative-tokens" in more else ["--num-speculative-tokens", "4"]  # the same rounds every time
     aurora.main(["--target", f"{files}/target.pt", "--static", f"{files}/draft.pt", "--prompts", f"{files}/prompts.jsonl",
-                 "--max-new-tokens", "12", *fixed, *more])
+                 "--max-new-tokens", "12", "--learn-every", "0", *fixed, *more])
 
 
 def test_compare_reports_all_arms_and_logs_every_request(files, tmp_path, capsys):
@@ -1462,13 +1470,13 @@ def test_compare_reports_all_arms_and_logs_every_request(files, tmp_path, capsys
     for arms in report["classes"].values():
         assert set(arms) == {"plain", "static", "online"}
         for arm, s in arms.items():
-            assert set(s) == {"requests", "tokens", "serve_seconds", "learn_seconds", "tokens_per_second",
+            assert set(s) == {"requests", "tokens", "serve_seconds", "learn_seconds", "wait_seconds", "tokens_per_second",
                               "tokens_per_second_with_learning", "mean_acceptance_length", "acceptance_per_position",
                               "drafted_per_round", "latency_p50", "latency_p95"}
             assert s["requests"] == 3 and s["tokens"] == 36 and (s["learn_seconds"] > 0) == (arm == "online")
             assert abs(s["mean_acceptance_length"] - 1 - sum(s["acceptance_per_position"])) < 1e-9
     lines = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
-    assert len(lines) == 18 and [x["draft_version"] for x in lines if x["arm"] == "online"] == list(range(6))
+    assert len(lines) == 18 and [x["draft_version"] for x in lines if x["arm"] == "online"] == [0, 0, 1, 2, 3, 4]
     for x in lines:
         h = x["acceptance_histogram"]
         assert sum(h) == x["rounds"] and sum(i * n for i, n in enumerate(h)) == x["accepted"]
@@ -1494,8 +1502,8 @@ def test_a_plot_of_whatever_there_is(files, tmp_path, monkeypatch, more):
 
 
 def test_what_is_published_is_what_serves(files, monkeypatch):
-    """With a version every two requests: requests 1 and 2 are served by the first weights, 3 and 4 by those that two
-    updates made, and so on; every version differs from the last."""
+    """A version every two updates, each of which is made while the next request is served: requests 1 to 3 are served by the
+    first weights, 4 and 5 by those that two updates made, 6 by those of four; every version differs from the last."""
     served, learned = [], []
     update = rl.Learner.update
     weights = lambda draft: torch.cat([p.detach().flatten() for p in draft.parameters()])
@@ -1504,8 +1512,55 @@ def test_what_is_published_is_what_serves(files, monkeypatch):
     monkeypatch.setattr(rl.Learner, "update", lambda self, trace: (update(self, trace), learned.append(published(self)))[0])
     run(files, "--publish-every", "2", "--no-gate")
     served = [w for w in served if w is not None]
-    assert torch.equal(served[0], served[1]) and not torch.equal(served[1], served[2])
-    assert torch.equal(served[2], learned[1]) and torch.equal(served[3], learned[1]) and torch.equal(served[4], learned[3])
+    assert torch.equal(served[0], served[1]) and torch.equal(served[1], served[2]) and not torch.equal(served[2], served[3])
+    assert torch.equal(served[3], learned[1]) and torch.equal(served[4], learned[1]) and torch.equal(served[5], learned[3])
+    assert len(served) == len(learned) == 6  # the last answer is learned from as well
+
+
+def test_the_learner_works_beside_serving(files, tmp_path, monkeypatch):
+    """In another thread, with as many threads of torch: while the online arm serves a request, the answer before is learned
+    from; while another arm serves, nothing.  What serving then waits for counts, and no more."""
+    update, answer, here, served, busy = rl.Learner.update, generate, threading.get_ident(), [], threading.Event()
+
+    def slow(self, trace):
+        assert threading.get_ident() != here and torch.get_num_threads() == 1
+        busy.set()
+        time.sleep(0.3)
+        busy.clear()
+        return update(self, trace) | {"learn_seconds": 0.5}
+
+    def watched(target, draft, *a, **k):
+        time.sleep(0.1)
+        served.append((draft, busy.is_set()))
+        return answer(target, draft, *a, **k)
+
+    monkeypatch.setattr(rl.Learner, "update", slow)
+    monkeypatch.setattr(aurora, "generate", watched)
+    run(files, "--compare", "--report", f"{tmp_path}/r.json", "--log", f"{tmp_path}/l.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
+    online = next(draft for draft, meanwhile in served if meanwhile)
+    assert [meanwhile for draft, meanwhile in served if draft is online] == [False] + [True] * 5
+    assert not any(meanwhile for draft, meanwhile in served if draft is not online)
+    waits = [x["wait_seconds"] for x in lines if x["arm"] == "online"]
+    assert len(waits) == 6 and all(w > 0.02 for w in waits) and waits[-1] > 0.3  # nobody is served after the last one
+    assert all(x["wait_seconds"] == 0 for x in lines if x["arm"] != "online")
+    for arms in json.loads((tmp_path / "r.json").read_text())["classes"].values():
+        s = arms["online"]
+        assert s["learn_seconds"] == pytest.approx(1.5) and s["tokens_per_second_with_learning"] == pytest.approx(36 / (s["serve_seconds"] + s["wait_seconds"]))
+
+
+def test_learning_beside_serving_depends_on_no_clock(files, tmp_path, monkeypatch):
+    """Whoever is done first, the same seed learns the same, and serves it to the same requests."""
+    logs, update, answer = [], rl.Learner.update, generate
+    for slow in ("update", "generate"):
+        pause = lambda name: time.sleep(0.1 if name == slow else 0.0)
+        monkeypatch.setattr(rl.Learner, "update", lambda self, trace: (pause("update"), update(self, trace))[1])
+        monkeypatch.setattr(aurora, "generate", lambda *a, **k: (pause("generate"), answer(*a, **k))[1])
+        run(files, "--no-gate", "--save", f"{tmp_path}/{slow}", "--log", f"{tmp_path}/l.jsonl")
+        lines = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
+        logs.append([{name: value for name, value in x.items() if "seconds" not in name} for x in lines if x["arm"] == "online"])
+    assert logs[0] == logs[1] and all(x["update_loss"] for x in logs[0])
+    assert same(*(torch.load(tmp_path / name / "v000006/draft.pt", weights_only=True)["weights"] for name in ("update", "generate")))
 
 
 def test_the_draft_that_serves_is_examined_on_answers_nobody_learns_from(files, tmp_path, monkeypatch):
@@ -1519,7 +1574,8 @@ def test_the_draft_that_serves_is_examined_on_answers_nobody_learns_from(files, 
 
     def held_out(*more):
         aurora.main(["--target", f"{files}/target.pt", "--static", f"{files}/draft.pt", "--traffic", "python,cpp", "--requests", "2", "--compare",
-                     "--num-speculative-tokens", "4", "--max-new-tokens", "12", "--log", f"{tmp_path}/l.jsonl", "--report", f"{tmp_path}/r.json", *more])
+                     "--num-speculative-tokens", "4", "--max-new-tokens", "12", "--learn-every", "0", "--log", f"{tmp_path}/l.jsonl",
+                     "--report", f"{tmp_path}/r.json", *more])
         lines = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
         return [x["held_out"] for x in lines if x["arm"] == "online"], json.loads((tmp_path / "r.json").read_text())["held_out"]
 
@@ -1576,9 +1632,9 @@ def test_save_and_resume_continue_the_versions(files, tmp_path):
     run(files, "--save", f"{tmp_path}/kept", "--publish-every", "2", "--no-gate")
     assert (tmp_path / "kept/latest").read_text() == "v000003\n"
     run(files, "--draft", f"{tmp_path}/kept", "--save", f"{tmp_path}/kept", "--publish-every", "2", "--no-gate")
-    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["latest", "v000003", "v000003.learner.pt", "v000005", "v000005.learner.pt"]
-    state = torch.load(tmp_path / "kept/v000005.learner.pt", weights_only=True)
-    assert state["updates"] == 9 and {int(s["step"]) for s in state["optimizers"][1]["state"].values()} == {6 * 3 + 3 * 1}  # from scratch, then trained
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["latest", "v000003", "v000003.learner.pt", "v000006", "v000006.learner.pt"]
+    state = torch.load(tmp_path / "kept/v000006.learner.pt", weights_only=True)
+    assert state["updates"] == 12 and {int(s["step"]) for s in state["optimizers"][1]["state"].values()} == {12}
     run(files, "--draft", f"{tmp_path}/kept/v000003", "--no-learn", "--save", f"{tmp_path}/other")  # one version, by name
     first, second = (torch.load(p, weights_only=True)["weights"] for p in (tmp_path / "kept/v000003/draft.pt", tmp_path / "other/v000003/draft.pt"))
     assert all(torch.equal(first[k], second[k]) for k in first)
@@ -1595,9 +1651,10 @@ def test_interrupt_keeps_what_was_served(files, tmp_path, monkeypatch, capsys):
         return generate(*args, **kwargs)
 
     monkeypatch.setattr(aurora, "generate", until_interrupted)
-    run(files, "--save", f"{tmp_path}/kept", "--report", f"{tmp_path}/r.json")
+    run(files, "--save", f"{tmp_path}/kept", "--report", f"{tmp_path}/r.json", "--log", f"{tmp_path}/l.jsonl")
     captured = capsys.readouterr()
     assert "interrupted" in captured.err and "online" in captured.out
+    assert len((tmp_path / "l.jsonl").read_text().splitlines()) == 3  # that nothing was learned from yet included
     assert (tmp_path / "kept/latest").exists() and (tmp_path / "r.json").exists()
 
 
@@ -1615,7 +1672,7 @@ BAD = {
     "is a draft": ["--target", "DRAFT"],
     "not known|missing|shape|draft": ["--static", "TARGET", "--draft", "static"],
     "at least 1": ["--num-speculative-tokens", "0"],
-    "learn-every must be at least 1": ["--learn-every", "0"],
+    "learn-every must be at least 0": ["--learn-every", "-1"],
     "unknown class": ["--traffic", "python,perl"],
     "the order of --prompts": ["--in-turn", "--prompt", "x"],
     "empty": ["--prompt", ""],
@@ -2705,7 +2762,7 @@ def test_serving_teaches_every_draft(kind, lr, growth, K=3):
     asking(target, draft)
     ask = lambda seed: Request(request(seed=seed).prompt, 40, seed, 0.7, *law)
     held = [generate(target, None, ask(1000 + i), 0)[0] for i in range(4)]
-    learner = rl.Learner(draft, "log", lr, 0.0, steps=3)
+    learner = rl.Learner(draft, "log", lr, 0.0, every=13)  # three steps an answer
     cut = verify.Sampling([(0.7, *(law[1:] or (1.0, 0)))]).filter
 
     def accepted():
@@ -2920,7 +2977,7 @@ def test_the_embedded_target_in_hugging_face_layout(checkpoint, tmp_path, capsys
 
 def serve_checkpoint(hf, *more):
     aurora.main(["--target", f"{hf}/target", "--prompts", f"{hf}/prompts.txt", "--max-new-tokens", "10",
-                 "--num-speculative-tokens", "4", *map(str, more)])
+                 "--num-speculative-tokens", "4", "--learn-every", "0", *map(str, more)])
 
 
 def test_driver_serves_saves_resumes_and_exports_a_pruned_head(checkpoint, hf, tmp_path, capsys):
@@ -2934,7 +2991,7 @@ def test_driver_serves_saves_resumes_and_exports_a_pruned_head(checkpoint, hf, t
         serve_checkpoint(hf, "--draft", tmp_path / "again", "--no-learn", "--dtype", "bfloat16")
     finally:
         edit(hf / "target/config.json", eos_token_id=None)
-    last, other = (torch.load(tmp_path / x / "draft.pt", weights_only=True)["weights"] for x in ("kept/v000006", "again/v000002"))
+    last, other = (torch.load(tmp_path / x / "draft.pt", weights_only=True)["weights"] for x in ("kept/v000008", "again/v000004"))
     assert last["vocabulary"].tolist() == other["vocabulary"].tolist() == [*range(49), 280]
     assert not torch.equal(last["fc.weight"], other["fc.weight"]) and checkpoint.read_tensors(tmp_path / "out")["fc.weight"].equal(last["fc.weight"])
 
@@ -2942,7 +2999,7 @@ def test_driver_serves_saves_resumes_and_exports_a_pruned_head(checkpoint, hf, t
 def test_driver_serves_a_small_model_and_prompt_lookup(checkpoint, hf, tmp_path, capsys):
     serve_checkpoint(hf, "--draft", hf / "small", "--save", tmp_path / "kept", "--no-gate", "--export", tmp_path / "out", "--compare", "--static", "ngram")
     serve_checkpoint(hf, "--draft", tmp_path / "kept", "--no-learn", "--compare", "--static", hf / "small")
-    kept = torch.load(tmp_path / "kept/v000002/draft.pt", weights_only=True)["weights"]
+    kept = torch.load(tmp_path / "kept/v000004/draft.pt", weights_only=True)["weights"]
     out, given = checkpoint.read_tensors(tmp_path / "out"), checkpoint.read_tensors(hf / "small")
     assert all(torch.equal(out[n], kept[n]) for n in kept) and not torch.equal(out["model.norm.weight"], given["model.norm.weight"])
     serve_checkpoint(hf, "--draft", "ngram", "--log", tmp_path / "log")
