@@ -320,9 +320,10 @@ class Learner:
     target_side in 0..1 is the share of the loss that comes from the target's own tokens, in chains up to `chain` that start
     at `places` places of an answer, drawn at random.  The rest comes from the draft's tokens, of as many rounds; rounds of
     plain decoding have none and teach by the target's all the same.  There is an optimizer step for every `every` tokens of
-    answers (0: for every answer), so that it takes as long beside short answers as beside long ones; each step is on the newest
-    trace and `replayed` from memory.  In memory are the last `recent` traces and, of all that are older, a sample of `reservoir`
-    (Vitter 1985), so that what is no longer asked for is not forgotten.
+    answers (0: for every answer), so that it takes as long beside short answers as beside long ones.  The first step of an
+    update is on the new trace and `batch` - 1 from memory, further ones on as many from memory alone.  In memory are the last
+    `recent` traces and, of all that are older, a sample of `reservoir` (Vitter 1985), so that what is no longer asked for is
+    not forgotten.
 
     The rate is constant, since traffic has no end for it to fall towards.  What a falling rate is for, averaging does:
     what may serve is the mean of the weights over the last `horizon` steps or so (Polyak & Juditsky 1992).  A random draft
@@ -330,10 +331,10 @@ class Learner:
 
     With a `gate` (versions.py) it learns only while that shows, and what does not show is taken back."""
 
-    def __init__(self, draft, estimator, lr, target_side, every=0, chain=4, places=96, replayed=2, recent=32, reservoir=32, horizon=60,
+    def __init__(self, draft, estimator, lr, target_side, every=0, chain=4, places=96, batch=3, recent=32, reservoir=32, horizon=60,
                  scratch=False, gate=False, seed=0):
         self.draft, self.estimator, self.target_side, self.every = draft, estimator, target_side, every
-        self.chain, self.places, self.replayed, self.horizon = chain, places, replayed, horizon
+        self.chain, self.places, self.batch, self.horizon = chain, places, batch, horizon
         self.optimizers = optimizers(draft, lr)
         self.trained = {name: p for name, p in draft.named_parameters() if p.requires_grad}
         once = {id(p): p.detach().clone() for p in self.trained.values()}
@@ -394,15 +395,17 @@ class Learner:
         staleness: versions between the one that served a trace and the newest, mean over the traces learned from.
 
         Raises UserError when a gradient is not finite or the weights have exploded."""
-        begun, outcome, memory = time.perf_counter(), {}, [*self.recent, *self.reservoir]
+        begun, outcome = time.perf_counter(), {}
         if self.gate:
             outcome["verdict"] = self.judge(trace)
-        self.remember(trace)
+        steps = 0
         if outcome.get("verdict") not in ("rests", "nothing gained"):
             self.waiting += len(trace.ids) - trace.prompt_length
             steps, self.waiting = divmod(self.waiting, self.every or self.waiting)
-            if steps:
-                outcome |= self.learn(trace, memory, steps)
+        memory = [*self.recent, *self.reservoir]
+        self.remember(trace)
+        if steps:
+            outcome |= self.learn(trace, memory, steps)
         if "loss" in outcome or outcome.get("verdict", "rests") != "rests":
             outcome["expected_length"] = expected_length(self.acceptance)
         return outcome | {"learn_seconds": time.perf_counter() - begun}
@@ -452,13 +455,14 @@ class Learner:
         self.averaged = averaged
 
     def learn(self, trace, memory, steps):
-        """So many steps on a new trace and, of those in memory before it, others at each."""
+        """So many steps, on a new trace and those that were in memory before it."""
         losses, staleness = [], []
         self.updates += 1
         self.unpublished += not self.gate or self.gate.ahead  # else the anchor goes on serving
-        for _ in range(steps):
-            order = torch.randperm(len(memory), generator=self.generator).tolist()
-            batch = [trace] + [memory[i] for i in order[: self.replayed]]
+        for step in range(steps):
+            drawn = [memory[i] for i in torch.randperm(len(memory), generator=self.generator)]
+            batch = (drawn if step else [trace, *drawn])[: self.batch]
+            memory += [trace] * (step == 0)
             for example in batch:
                 with replaying(example.ids.device):
                     loss, learned = self.loss(example)

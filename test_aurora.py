@@ -952,7 +952,7 @@ def test_places_are_drawn_without_looking():
 
 def test_divergence_is_reported_and_the_draft_kept():
     target = tiny_target()
-    learner = rl.Learner(tiny_draft(target), "log", 1e-3, 0.5, replayed=1)
+    learner = rl.Learner(tiny_draft(target), "log", 1e-3, 0.5, batch=2)
     trace, _ = generate(target, learner.draft, request(), 3)
     trace.features[0] = float("nan")
     whole, _ = generate(target, learner.draft, request(seed=1), 3)
@@ -1292,7 +1292,8 @@ def test_the_learner_multiplies_in_bfloat16_and_hardly_errs(monkeypatch):
 @pytest.mark.parametrize("gate", [True, False])
 def test_steps_come_with_tokens(monkeypatch, gate):
     """A step for every `every` tokens of answers, a long answer's several in one update, a short one's put off: it is judged and
-    remembered all the same.  Each is on the newest trace and on others from memory, all different, none of them the newest."""
+    remembered all the same.  An update's first step is on the newest trace and others from memory, further ones on three of all
+    that there are by then; no trace is twice in a step."""
     learner, trace = gated(every=100)
     learner.gate = learner.gate if gate else None
     traces, learned = [replace(trace, version=i) for i in range(9)], []
@@ -1303,14 +1304,14 @@ def test_steps_come_with_tokens(monkeypatch, gate):
     assert sum(due) == learner.updates == learner.averaged - 3 * learner.horizon >= 2 and learner.waiting == 9 * tokens % 100
     assert ["loss" in t for t in told] == [bool(n) for n in due] and ["expected_length" in t for t in told] == (9 * [True] if gate else [bool(n) for n in due])
     assert [t.version for t in learner.recent] == list(range(9)) and learned[::3] == [i for i, n in enumerate(due) if n]
-    assert all(len({learned[i], *learned[i : i + 3]}) == 3 for i in range(0, len(learned), 3))
-    learner.every, learner.waiting = tokens // 3, 0
+    learner.every, learner.waiting = 1, 60 - tokens
+    first, *more = (learned.clear(), learner.update(replace(trace, version=9)), [learned[i : i + 3] for i in range(0, 180, 3)])[2]
+    assert len(learned) == 180 and learner.waiting == 0 and all(len(set(batch)) == 3 for batch in [first, *more])
+    assert first[0] == 9 and {x for batch in more for x in batch} == set(range(10))  # one of ten is in 18 batches of 59, more or less
     learned.clear()
-    learner.update(replace(trace, version=9))
-    assert learned[::3] == [9] * 3 and all(x < 9 for i, x in enumerate(learned) if i % 3) and learner.waiting == tokens % 3
     learner.every = 0
     learner.update(trace)
-    assert len(learned) == 12 and learner.waiting == 0
+    assert len(learned) == 3 and learner.waiting == 0
     if gate:
         assert len(learner.gate.gains) == 11 - due.index(1) - 1  # what is learned is the anchor until the first update
 
