@@ -201,7 +201,8 @@ class Trace:
 
     def answer_hidden(self):
         """The target's rows at the answer's tokens, one a token: (len(ids) - prompt_length, D)."""
-        return torch.cat([rows[: n + 1] for rows, n in zip(self.target_hidden, self.num_accepted.tolist())])
+        row = torch.arange(self.target_hidden.shape[1])
+        return self.target_hidden[row <= self.num_accepted.cpu()[:, None]]
 
     @torch.no_grad()
     def answer_logits(self):
@@ -352,7 +353,7 @@ class Learner:
             self.begun = None if scratch else self.anchor
 
     def loss(self, trace):
-        """-> the loss, with gradient, and the acceptance at each place of the chain (K,).
+        """-> the loss, with gradient, and what `acceptance` is to be told of the larger part of what it is made of.
 
         A round that drafted teaches by its own tokens, one of plain decoding by the target's that followed."""
         T, drafted, parts = trace.temperature, trace.drafted(), []
@@ -363,7 +364,7 @@ class Learner:
             target_logits, tokens = target_rows(self.draft, trace, trace.target_hidden[rounds, :-1], trace.draft_tokens[rounds])
             logits = draft_rows(replay_rounds(self.draft, trace, rounds), target_logits, trace)
             loss = policy_gradient_loss(logits, target_logits, tokens, T, self.estimator, behaviour)
-            parts.append((draft_side, loss, acceptance(logits, target_logits, tokens, T, behaviour)))
+            parts.append((draft_side, loss, (logits, target_logits, tokens, T, behaviour)))
         if draft_side < 1:
             if self.target_side > 0:
                 places = self.some(torch.arange(len(trace.ids) - trace.prompt_length, device=trace.ids.device))
@@ -371,7 +372,7 @@ class Learner:
                 places = self.some(trace.starts[~drafted] + 2 - trace.prompt_length)
             answer = replay_answer(self.draft, trace, self.reach(trace), places)
             loss = target_side_loss(*answer, T, self.estimator)
-            parts.append((1 - draft_side, loss, acceptance(*answer, T)))
+            parts.append((1 - draft_side, loss, (*answer, T)))
         return sum(share * loss for share, loss, _ in parts), max(parts, key=lambda part: part[0])[2]
 
     def reach(self, trace):
@@ -465,12 +466,12 @@ class Learner:
             memory += [trace] * (step == 0)
             for example in batch:
                 with replaying(example.ids.device):
-                    loss, learned = self.loss(example)
+                    loss, rows = self.loss(example)
+                    if not losses and not self.gate:
+                        self.acceptance = acceptance(*rows).tolist()
                 (loss / len(batch)).backward()
                 losses.append(loss.item())
                 staleness.append(self.version - example.version)
-                if len(losses) == 1 and not self.gate:
-                    self.acceptance = learned.tolist()
             norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
             if not norm.isfinite():
                 self.diverged("the gradient is not finite", batch)
