@@ -6,8 +6,8 @@
     python aurora.py --target DIR --draft ngram     a Hugging Face checkpoint, and a draft that needs no model
 
 For every request: draft K tokens, verify them with the target, commit what it accepts and one token of its own; when
-the answer is complete, its trace is a lesson for the draft; what it has learned serves the next request, if that is
-ahead on answers that it has not learned from.
+the answer is complete, its trace is a lesson, which the draft learns on another core while the next request is served;
+what it has learned serves from then on, if that is ahead on answers that it has not learned from.
 The method is Aurora's (2602.06932); the README numbers the departures.
 """
 
@@ -17,15 +17,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall a 
 
 import argparse
 import importlib.util
+import io
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import chain, groupby, islice, zip_longest
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -34,7 +38,7 @@ from tqdm import tqdm
 from draft import Chain, Draft, DraftLength, FixedLength, NGram, load_draft, twin
 from model import Bytes, UserError, fast_bfloat16, load_target
 from pretrain import CLASSES, texts_of
-from rl import ESTIMATORS, Learner, acceptance_on, expected_length
+from rl import ESTIMATORS, Learner, Trace, acceptance_on, expected_length
 from serve import LONGEST, Generation, Request, compile_forwards, generate, print_profile, print_sweep, rounds, seconds_per_round, slots_for
 from verify import NoDistribution, kernel
 from versions import load_learner, save_learner
@@ -48,36 +52,26 @@ EXAMINED = 5  # drafted tokens a round, where drafts are compared on held-out an
 # ---- the loop ------------------------------------------------------------------------------------
 
 
-def aurora(target, served, learner, static, requests, K, args, journal):
+def aurora(target, served, study, static, requests, K, args, journal):
     """The algorithm: every request is served by the newest version of the draft.  Meanwhile, on another core, the draft learns
     from the answer before; what it makes of that may serve the next request."""
     lesson = None
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=[torch.get_num_threads()]) as core:
+    try:
         for request, arms in plan(requests, args.compare):
             for arm in arms:
                 if arm == "online":
-                    learning = core.submit(learner.update, lesson) if lesson else None
-                    trace, seconds = generate(target, served, request, K[arm], learner.version)  # draft, verify, commit
-                    journal.record(arm, request, trace, seconds)
-                    publish(learning, learner, served, K[arm], args, journal)
-                    lesson = None if args.no_learn else trace
+                    study.begin(lesson)
+                    trace, seconds = generate(target, served, request, K[arm], study.version)  # draft, verify, commit
+                    line = journal.record(arm, request, trace, seconds)
+                    study.end(served, K[arm], journal)
+                    lesson = trace, line
                 elif arm == "static":
                     journal.record(arm, request, *generate(target, static, request, K[arm]))
                 else:
                     journal.record(arm, request, *generate(target, None, request, K=0))
-        if lesson:
-            publish(core.submit(learner.update, lesson), learner, served, K["online"], args, journal)
-
-
-def publish(learning, learner, served, draft_length, args, journal):
-    """Waits for what the learner makes of an answer; from then on that serves, if it is due."""
-    if learning:
-        begun, outcome = time.perf_counter(), learning.result()
-        due = learner.unpublished >= args.publish_every
-        if due:
-            served.load_state_dict(learner.publish())
-            draft_length.trust(learner.acceptance)
-        journal.learned(due, time.perf_counter() - begun, **outcome)
+        study.begin(lesson)
+    finally:
+        study.end(served, K["online"], journal)
 
 
 def draft_lengths(target, online, static, args):
@@ -121,6 +115,106 @@ def plan(requests, compare):
     return out
 
 
+# ---- the learner, on another core -----------------------------------------------------------------------
+
+
+class Study:
+    """Where the learner works: `begin` gives it an answer; `end` waits for what it made of that, which serves if it is due.
+
+    Beside a small target, served on one thread of a CPU, it is another process, made from the same arguments: two threads of
+    one interpreter hold each other up.  Beside a larger one, which should not be there twice, it is a thread.  After `leave`
+    the learner here is as the one there."""
+
+    def __init__(self, learner, target, args):
+        self.learner, self.version, self.args, self.doing = learner, learner.version, args, None
+        self.apart = not args.no_learn and works_apart(target, args)
+        if self.apart:
+            self.core = ProcessPoolExecutor(1, get_context("spawn"), arrive, [args])
+            self.core.submit(os.getpid).result()  # it is there
+        else:
+            self.core = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=[torch.get_num_threads()])
+
+    def begin(self, lesson):
+        """lesson: a trace, and its line in the journal; or None."""
+        if lesson and not self.args.no_learn:
+            begun, (trace, self.line) = time.perf_counter(), lesson
+            task = (study_apart, packed(vars(trace) | {"head": None})) if self.apart else (study, self.learner, trace, self.args)
+            self.doing, self.waited = self.core.submit(*task), time.perf_counter() - begun
+
+    def end(self, served, draft_length, journal):
+        doing, self.doing = self.doing, None
+        if doing:
+            begun, told = time.perf_counter(), doing.result()
+            outcome, published = unpacked(told) if self.apart else told
+            if published:
+                weights, self.version, acceptance = published
+                served.load_state_dict(weights)
+                draft_length.trust(acceptance)
+            journal.learned(self.line, published is not None, self.waited + time.perf_counter() - begun, **outcome)
+
+    def leave(self):
+        """-> is the learner here, then, as the one there?  Not if that process died."""
+        with self.core:
+            try:
+                if self.apart:
+                    state, self.learner.unpublished = unpacked(self.core.submit(leave).result())
+                    self.learner.restore(state)
+            except BrokenExecutor:
+                return False
+        return True
+
+
+def works_apart(target, args):
+    return args.device == "cpu" and torch.get_num_threads() == 1 and is_small(target)
+
+
+def study(learner, trace, args):
+    """-> what the learner made of an answer; if others are due to serve (weights, version, acceptance), else None."""
+    outcome = learner.update(trace)
+    due = learner.unpublished >= args.publish_every
+    return outcome, (learner.publish(), learner.version, learner.acceptance) if due else None
+
+
+def arrive(args):
+    """Where the other process begins; what it works with is `there`."""
+    global there
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that serves
+    target, _, draft, _, state = load_models(args)
+    there = new_learner(draft, state, args), target.logits, args
+
+
+def study_apart(trace):
+    learner, head, args = there
+    return packed(study(learner, Trace(**unpacked(trace) | {"head": head}), args))
+
+
+def leave():
+    learner = there[0]
+    return packed((learner.state(), learner.unpublished))
+
+
+def packed(tensors):
+    """What passes between the processes: nothing but tensors, numbers and names can be in it."""
+    data = io.BytesIO()
+    torch.save(tensors, data)
+    return data.getvalue()
+
+
+def unpacked(data):
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def new_learner(draft, state, args):
+    """As an earlier run left it, if there was one."""
+    longest = LONGEST if args.num_speculative_tokens == "auto" else args.num_speculative_tokens
+    # Also where nothing is learned: of what an earlier run kept, only the gate knows what served.
+    learner = Learner(draft, args.estimator, args.lr, args.target_side, args.learn_every, min(5, longest), reservoir=args.reservoir,
+                      scratch=args.draft == "scratch", gate=args.gate or args.no_learn, seed=args.seed)
+    learner.restore(state)
+    return learner
+
+
 # ---- what happened, for people and for programs ------------------------------------------------------
 
 
@@ -144,10 +238,10 @@ class Journal:
     static: the same of the draft that never learns."""
 
     def __init__(self, args, total, examine=None, static=None):
-        self.records, self.examine, self.static, self.learns = [], examine, static, not args.no_learn
+        self.records, self.examine, self.static = [], examine, static
         self.begun = self.examined = examine and examine()
         self.log = open(args.log, "w") if args.log else None
-        self.lessons = deque()  # records of answers that nothing was learned from yet
+        self.open = []  # lines of answers that were not learned from yet
         self.bar = tqdm(total=total, unit="request", disable=None if total > 1 else True)
 
     def record(self, arm, request, trace, seconds):
@@ -164,21 +258,20 @@ class Journal:
         self.records.append(line)
         if self.examine and arm == "online":
             line["held_out"] = self.examined
-        if self.learns and arm == "online":
-            self.lessons.append(line)
-        else:
+        self.open.append(line)
+        if arm != "online":
             self.write(line)
-        if arm == "online":
+        else:
             recent = [r for r in self.records[-60:] if r["arm"] == arm][-20:]
             now = summary(recent)
             self.bar.set_postfix_str(
                 f"{request.kind}: acceptance length {now['mean_acceptance_length']:.2f}, overlap {overlap(recent):.2f}, "
                 f"{now['tokens_per_second']:.0f} tokens/s, draft v{trace.version}", refresh=False)
             self.bar.update()
+        return line
 
-    def learned(self, published, wait_seconds, learn_seconds, loss=None, expected_length=None, staleness=None, verdict=None):
-        """What the learner made of the oldest answer of which that is not known yet; only then is its line whole."""
-        line = self.lessons.popleft()
+    def learned(self, line, published, wait_seconds, learn_seconds, loss=None, expected_length=None, staleness=None, verdict=None):
+        """What the learner made of an answer, whose line is whole now; published: other weights serve."""
         line |= {"learn_seconds": learn_seconds, "wait_seconds": wait_seconds, "expected_length": expected_length,
                  "staleness": staleness, "update_loss": loss, "gate": verdict}
         if self.examine:
@@ -186,6 +279,7 @@ class Journal:
         self.write(line)
 
     def write(self, line):
+        self.open = [other for other in self.open if other is not line]
         if self.log:
             print(json.dumps(line), file=self.log, flush=True)
 
@@ -246,7 +340,7 @@ class Journal:
 
     def close(self):
         self.bar.close()
-        for line in self.lessons:  # that there was no time to learn from
+        for line in self.open:
             self.write(line)
         if self.log:
             self.log.close()
@@ -379,7 +473,7 @@ def arguments(argv):
     group.add_argument("--no-learn", action="store_true")
     group = parser.add_argument_group("measuring and keeping")
     group.add_argument("--compare", action="store_true", help="plain, static and online on the same requests, interleaved")
-    group.add_argument("--held-out", type=int, default=2, metavar="N", help="answers a class on which drafts with weights are examined after every update, outside all times; built-in traffic only; 0 is off")
+    group.add_argument("--held-out", type=int, default=2, metavar="N", help="answers a class on which drafts with weights are examined whenever another one serves, outside all times; built-in traffic only; 0 is off")
     group.add_argument("--report", metavar="FILE.json")
     group.add_argument("--log", metavar="FILE.jsonl")
     group.add_argument("--plot", metavar="FILE.png", help="acceptance length over requests (needs matplotlib)")
@@ -554,8 +648,7 @@ def load_models(args):
 
         target, tokenizer = checkpoint.load_target(args.target, dtype)
     target = target.to(args.device, dtype).eval()
-    small = sum(p.numel() for p in target.parameters()) < 50e6  # a second thread gains it nothing
-    if args.threads or small:
+    if args.threads or is_small(target):
         torch.set_num_threads(args.threads or 1)
     draft, state = find_draft(args.static if args.draft == "static" else args.draft, target, args.draft_vocab)
     static = find_draft(args.static, target)[0].to(args.device) if args.compare else None
@@ -564,6 +657,11 @@ def load_models(args):
         raise UserError("--draft and --static must be of one kind: a head reads what the target thinks, a small model does not")
     target.feature_layers = asked.pop() if asked else ()
     return target, tokenizer, draft.to(args.device), static, state
+
+
+def is_small(target):
+    """A second thread gains it nothing."""
+    return sum(p.numel() for p in target.parameters()) < 50e6
 
 
 def is_ours(name):
@@ -655,26 +753,25 @@ def main(argv=None):
     if args.prompt is not None:
         return stream(target, tokenizer, served, requests[0], args)
     K = draft_lengths(target, served, static, args)
-    # Also where nothing is learned: of what an earlier run kept, only the gate knows what served.
-    learner = Learner(draft, args.estimator, args.lr, args.target_side, args.learn_every, min(5, K["online"].longest),
-                      reservoir=args.reservoir, scratch=args.draft == "scratch", gate=args.gate or args.no_learn, seed=args.seed)
-    learner.restore(state)
+    learner = new_learner(draft, state, args)
     facts(target, served, K["online"], args, requests, compiled)
     if args.sweep:
         return print_sweep(target, served, requests, K["online"])
     exam = examination(target, held_out) if held_out else None
     journal, trouble = Journal(args, len(requests), exam and (lambda: exam(served)), exam and static and exam(static)), None
+    study = Study(learner, target, args)
     try:
-        aurora(target, served, learner, static, requests, K, args, journal)
+        aurora(target, served, study, static, requests, K, args, journal)
     except KeyboardInterrupt:
         print("\ninterrupted: this is what was served until now", file=sys.stderr)
     except Exception as error:  # raised again below, when what was served is safe
         trouble = error
+    whole = study.leave()
     journal.close()
     journal.print()
-    learned = served.state_dict() if trouble else learner.publish()  # in trouble, what served last
+    learned = learner.publish() if whole and not trouble else served.state_dict()  # in trouble, what served last
     if args.save:
-        save_learner(args.save, served, learned, learner)
+        save_learner(args.save, served, learned, max(study.version, learner.version), learner.state() if whole else None)
     if args.export:
         import checkpoint
 

@@ -321,7 +321,7 @@ class Learner:
     target_side in 0..1 is the share of the loss that comes from the target's own tokens, in chains up to `chain` that start
     at `places` places of an answer, drawn at random.  The rest comes from the draft's tokens, of as many rounds; rounds of
     plain decoding have none and teach by the target's all the same.  There is an optimizer step for every `every` tokens of
-    answers (0: for every answer), so that it takes as long beside short answers as beside long ones.  The first step of an
+    answers (0: for every answer), so that it takes about the same share of the time whether they are short or long.  The first step of an
     update is on the new trace and `batch` - 1 from memory, further ones on as many from memory alone.  In memory are the last
     `recent` traces and, of all that are older, a sample of `reservoir` (Vitter 1985), so that what is no longer asked for is
     not forgotten.
@@ -343,7 +343,7 @@ class Learner:
         self.averaged = 0 if scratch else 3 * self.horizon
         self.recent, self.reservoir, self.size, self.older = deque(maxlen=recent), [], reservoir, 0
         self.updates, self.version, self.unpublished = 0, 0, 0  # newest version; how many updates it lacks
-        self.waiting = 0  # tokens of answers since the last step
+        self.waiting = 0  # tokens that are left over from the last step
         self.generator = torch.Generator().manual_seed(seed)
         self.acceptance = []  # its estimate, place by place
         self.gate = Gate() if gate and self.trained else None
@@ -353,9 +353,8 @@ class Learner:
             self.begun = None if scratch else self.anchor
 
     def loss(self, trace):
-        """-> the loss, with gradient, and what `acceptance` is to be told of the larger part of what it is made of.
-
-        A round that drafted teaches by its own tokens, one of plain decoding by the target's that followed."""
+        """The loss, with gradient.  A round that drafted teaches by its own tokens, one of plain decoding by the target's that
+        followed."""
         T, drafted, parts = trace.temperature, trace.drafted(), []
         draft_side = (1 - self.target_side) * drafted.float().mean().item()
         if draft_side > 0:
@@ -364,16 +363,15 @@ class Learner:
             target_logits, tokens = target_rows(self.draft, trace, trace.target_hidden[rounds, :-1], trace.draft_tokens[rounds])
             logits = draft_rows(replay_rounds(self.draft, trace, rounds), target_logits, trace)
             loss = policy_gradient_loss(logits, target_logits, tokens, T, self.estimator, behaviour)
-            parts.append((draft_side, loss, (logits, target_logits, tokens, T, behaviour)))
+            parts.append(draft_side * loss)
         if draft_side < 1:
             if self.target_side > 0:
                 places = self.some(torch.arange(len(trace.ids) - trace.prompt_length, device=trace.ids.device))
             else:
                 places = self.some(trace.starts[~drafted] + 2 - trace.prompt_length)
             answer = replay_answer(self.draft, trace, self.reach(trace), places)
-            loss = target_side_loss(*answer, T, self.estimator)
-            parts.append((1 - draft_side, loss, (*answer, T)))
-        return sum(share * loss for share, loss, _ in parts), max(parts, key=lambda part: part[0])[2]
+            parts.append((1 - draft_side) * target_side_loss(*answer, T, self.estimator))
+        return sum(parts)
 
     def reach(self, trace):
         """Places of a chain that matter: one more than the answer's rounds drafted on average, so that longer ones may come to
@@ -392,21 +390,19 @@ class Learner:
         after an update "loss", that of this trace, "expected_length" and "staleness".
 
         expected_length: tokens a round to expect, in chains that `reach`, on this answer before it is learned from; with a
-        gate, of the draft that serves next; without one, of the last step's weights, not of their average, which serves.
+        gate, of the draft that is to serve; without one, of the last step's weights, not of their average, which serves.
         staleness: versions between the one that served a trace and the newest, mean over the traces learned from.
 
         Raises UserError when a gradient is not finite or the weights have exploded."""
         begun, outcome = time.perf_counter(), {}
         if self.gate:
             outcome["verdict"] = self.judge(trace)
-        steps = 0
         if outcome.get("verdict") not in ("rests", "nothing gained"):
             self.waiting += len(trace.ids) - trace.prompt_length
             steps, self.waiting = divmod(self.waiting, self.every or self.waiting)
-        memory = [*self.recent, *self.reservoir]
+            if steps:
+                outcome |= self.learn(trace, steps)
         self.remember(trace)
-        if steps:
-            outcome |= self.learn(trace, memory, steps)
         if "loss" in outcome or outcome.get("verdict", "rests") != "rests":
             outcome["expected_length"] = expected_length(self.acceptance)
         return outcome | {"learn_seconds": time.perf_counter() - begun}
@@ -438,7 +434,7 @@ class Learner:
 
     def examine(self, weights, trace):
         """The acceptance on this answer of the draft with these weights."""
-        self.examined.load_state_dict(self.draft.state_dict() | weights)
+        self.examined.load_state_dict(weights, strict=False)  # the rest is the same; the embedding is the target's own, which serves meanwhile
         return acceptance_on(self.examined, trace, self.reach(trace), self.places // 2)
 
     def set_anchor(self):
@@ -447,7 +443,7 @@ class Learner:
     @torch.no_grad()
     def go_back(self, weights, averaged):
         """These weights, the mean of so many steps, learn on and serve as if none had come after them."""
-        self.draft.load_state_dict(self.draft.state_dict() | weights)
+        self.draft.load_state_dict(weights, strict=False)
         for name, p in self.average.items():
             p.copy_(weights[name])
         for optimizer in self.optimizers:
@@ -455,20 +451,21 @@ class Learner:
             optimizer.zero_grad()
         self.averaged = averaged
 
-    def learn(self, trace, memory, steps):
-        """So many steps, on a new trace and those that were in memory before it."""
-        losses, staleness = [], []
+    def learn(self, trace, steps):
+        """So many steps, the first of them on this trace and others, the rest on any that are in memory."""
+        losses, staleness, memory = [], [], [*self.recent, *self.reservoir]
+        if not self.gate:
+            self.acceptance = acceptance_on(self.draft, trace, self.reach(trace), self.places // 2).tolist()
         self.updates += 1
         self.unpublished += not self.gate or self.gate.ahead  # else the anchor goes on serving
         for step in range(steps):
             drawn = [memory[i] for i in torch.randperm(len(memory), generator=self.generator)]
             batch = (drawn if step else [trace, *drawn])[: self.batch]
-            memory += [trace] * (step == 0)
+            if step == 0:
+                memory.append(trace)
             for example in batch:
                 with replaying(example.ids.device):
-                    loss, rows = self.loss(example)
-                    if not losses and not self.gate:
-                        self.acceptance = acceptance(*rows).tolist()
+                    loss = self.loss(example)
                 (loss / len(batch)).backward()
                 losses.append(loss.item())
                 staleness.append(self.version - example.version)
@@ -527,6 +524,7 @@ class Learner:
             for name, p in self.average.items():
                 p.copy_(state["average"][name])
             self.updates, self.waiting, self.averaged, self.version = (state[name] for name in ("updates", "waiting", "averaged", "version"))
+            self.waiting = min(self.waiting, max(0, self.every - 1))  # another `every` must not make many steps of it
             if self.gate and state["gate"]:
                 vars(self.gate).update(state["gate"])
                 self.anchor, self.fallback, self.begun = (state[name] for name in ("anchor", "fallback", "begun"))

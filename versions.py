@@ -117,12 +117,13 @@ def standard(differences):
 # ---- on disk -----------------------------------------------------------------------------------------
 
 
-def save_learner(directory, served, learned, learner):
-    """v000123/draft.pt, the learner's state beside it, then `latest`: what `latest` names is always whole."""
-    name = f"v{learner.version:06d}"
-    save(Path(directory) / name / "draft.pt", served.config, learned, {"version": learner.version, "kind": served.kind})
-    torch.save(learner.state(), f"{directory}/learner.new")
-    Path(f"{directory}/learner.new").replace(f"{directory}/{name}.learner.pt")
+def save_learner(directory, served, learned, version, state):
+    """v000123/draft.pt, the learner's state beside it unless that was lost, then `latest`: what `latest` names is always whole."""
+    name = f"v{version:06d}"
+    save(Path(directory) / name / "draft.pt", served.config, learned, {"version": version, "kind": served.kind})
+    if state:
+        torch.save(state, f"{directory}/learner.new")
+        Path(f"{directory}/learner.new").replace(f"{directory}/{name}.learner.pt")
     Path(f"{directory}/latest.new").write_text(name + "\n")
     Path(f"{directory}/latest.new").replace(f"{directory}/latest")
 
