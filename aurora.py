@@ -17,19 +17,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall a 
 
 import argparse
 import importlib.util
-import io
 import json
 import random
 import re
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import chain, groupby, islice, zip_longest
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -41,7 +36,7 @@ from pretrain import CLASSES, texts_of
 from rl import ESTIMATORS, Learner, Trace, acceptance_on, expected_length
 from serve import LONGEST, Generation, Request, compile_forwards, generate, print_profile, print_sweep, rounds, seconds_per_round, slots_for
 from verify import NoDistribution, kernel
-from versions import load_learner, save_learner
+from versions import Study, load_learner, save_learner
 
 HERE = Path(__file__).parent
 ARMS = ("plain", "static", "online")
@@ -53,23 +48,23 @@ EXAMINED = 5  # drafted tokens a round, where drafts are compared on held-out an
 
 
 def aurora(target, served, study, static, requests, K, args, journal):
-    """The algorithm: every request is served by the newest version of the draft.  Meanwhile, on another core, the draft learns
-    from the answer before; what it makes of that may serve the next request."""
-    lesson = None
+    """The algorithm: every request is served by the newest version of the draft, while another core learns from the answer
+    before, which may make the next version."""
+    lesson = ()
     try:
         for request, arms in plan(requests, args.compare):
             for arm in arms:
                 if arm == "online":
-                    study.begin(lesson)
+                    study.begin(*lesson)  # on another core
                     trace, seconds = generate(target, served, request, K[arm], study.version)  # draft, verify, commit
                     line = journal.record(arm, request, trace, seconds)
-                    study.end(served, K[arm], journal)
-                    lesson = trace, line
+                    study.end(served, K[arm], journal)  # what it learned serves, if it is due
+                    lesson = () if args.no_learn else (trace, line)
                 elif arm == "static":
                     journal.record(arm, request, *generate(target, static, request, K[arm]))
                 else:
                     journal.record(arm, request, *generate(target, None, request, K=0))
-        study.begin(lesson)
+        study.begin(*lesson)
     finally:
         study.end(served, K["online"], journal)
 
@@ -113,106 +108,6 @@ def plan(requests, compare):
         seen[request.kind] += 1
         out.append((request, arms))
     return out
-
-
-# ---- the learner, on another core -----------------------------------------------------------------------
-
-
-class Study:
-    """Where the learner works: `begin` gives it an answer; `end` waits for what it made of that, which serves if it is due.
-
-    Beside a small target, served on one thread of a CPU, it is another process, made from the same arguments: two threads of
-    one interpreter hold each other up.  Beside a larger one, which should not be there twice, it is a thread.  After `leave`
-    the learner here is as the one there."""
-
-    def __init__(self, learner, target, args):
-        self.learner, self.version, self.args, self.doing = learner, learner.version, args, None
-        self.apart = not args.no_learn and works_apart(target, args)
-        if self.apart:
-            self.core = ProcessPoolExecutor(1, get_context("spawn"), arrive, [args])
-            self.core.submit(os.getpid).result()  # it is there
-        else:
-            self.core = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=[torch.get_num_threads()])
-
-    def begin(self, lesson):
-        """lesson: a trace, and its line in the journal; or None."""
-        if lesson and not self.args.no_learn:
-            begun, (trace, self.line) = time.perf_counter(), lesson
-            task = (study_apart, packed(vars(trace) | {"head": None})) if self.apart else (study, self.learner, trace, self.args)
-            self.doing, self.waited = self.core.submit(*task), time.perf_counter() - begun
-
-    def end(self, served, draft_length, journal):
-        doing, self.doing = self.doing, None
-        if doing:
-            begun, told = time.perf_counter(), doing.result()
-            outcome, published = unpacked(told) if self.apart else told
-            if published:
-                weights, self.version, acceptance = published
-                served.load_state_dict(weights)
-                draft_length.trust(acceptance)
-            journal.learned(self.line, published is not None, self.waited + time.perf_counter() - begun, **outcome)
-
-    def leave(self):
-        """-> is the learner here, then, as the one there?  Not if that process died."""
-        with self.core:
-            try:
-                if self.apart:
-                    state, self.learner.unpublished = unpacked(self.core.submit(leave).result())
-                    self.learner.restore(state)
-            except BrokenExecutor:
-                return False
-        return True
-
-
-def works_apart(target, args):
-    return args.device == "cpu" and torch.get_num_threads() == 1 and is_small(target)
-
-
-def study(learner, trace, args):
-    """-> what the learner made of an answer; if others are due to serve (weights, version, acceptance), else None."""
-    outcome = learner.update(trace)
-    due = learner.unpublished >= args.publish_every
-    return outcome, (learner.publish(), learner.version, learner.acceptance) if due else None
-
-
-def arrive(args):
-    """Where the other process begins; what it works with is `there`."""
-    global there
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that serves
-    target, _, draft, _, state = load_models(args)
-    there = new_learner(draft, state, args), target.logits, args
-
-
-def study_apart(trace):
-    learner, head, args = there
-    return packed(study(learner, Trace(**unpacked(trace) | {"head": head}), args))
-
-
-def leave():
-    learner = there[0]
-    return packed((learner.state(), learner.unpublished))
-
-
-def packed(tensors):
-    """What passes between the processes: nothing but tensors, numbers and names can be in it."""
-    data = io.BytesIO()
-    torch.save(tensors, data)
-    return data.getvalue()
-
-
-def unpacked(data):
-    return torch.load(io.BytesIO(data), weights_only=True)
-
-
-def new_learner(draft, state, args):
-    """As an earlier run left it, if there was one."""
-    longest = LONGEST if args.num_speculative_tokens == "auto" else args.num_speculative_tokens
-    # Also where nothing is learned: of what an earlier run kept, only the gate knows what served.
-    learner = Learner(draft, args.estimator, args.lr, args.target_side, args.learn_every, min(5, longest), reservoir=args.reservoir,
-                      scratch=args.draft == "scratch", gate=args.gate or args.no_learn, seed=args.seed)
-    learner.restore(state)
-    return learner
 
 
 # ---- what happened, for people and for programs ------------------------------------------------------
@@ -659,6 +554,29 @@ def load_models(args):
     return target, tokenizer, draft.to(args.device), static, state
 
 
+def new_learner(draft, state, args):
+    """As an earlier run left it, if there was one."""
+    longest = LONGEST if args.num_speculative_tokens == "auto" else args.num_speculative_tokens
+    # Also where nothing is learned: of what an earlier run kept, only the gate knows what served.
+    learner = Learner(draft, args.estimator, args.lr, args.target_side, args.learn_every, min(5, longest), reservoir=args.reservoir,
+                      scratch=args.draft == "scratch", gate=args.gate or args.no_learn, seed=args.seed)
+    learner.restore(state)
+    return learner
+
+
+def learner_apart(args):
+    """Where another process begins to learn for this one -> its learner, and what makes a trace of what it is sent."""
+    os.environ["AURORA_KERNEL"] = "reference"  # nothing is accepted there
+    target, _, draft, _, state = load_models(args)
+    return new_learner(draft, state, args), lambda fields: Trace(**fields | {"head": target.logits})
+
+
+def works_apart(target, args):
+    """Beside a small target, served on one thread of a CPU, the learner is another process: two threads of one interpreter
+    hold each other up.  A larger one had better not be there twice."""
+    return args.device == "cpu" and torch.get_num_threads() == 1 and is_small(target)
+
+
 def is_small(target):
     """A second thread gains it nothing."""
     return sum(p.numel() for p in target.parameters()) < 50e6
@@ -759,7 +677,7 @@ def main(argv=None):
         return print_sweep(target, served, requests, K["online"])
     exam = examination(target, held_out) if held_out else None
     journal, trouble = Journal(args, len(requests), exam and (lambda: exam(served)), exam and static and exam(static)), None
-    study = Study(learner, target, args)
+    study = Study(learner, args.publish_every, (learner_apart, args) if not args.no_learn and works_apart(target, args) else None)
     try:
         aurora(target, served, study, static, requests, K, args, journal)
     except KeyboardInterrupt:

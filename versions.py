@@ -1,10 +1,17 @@
-"""Versions: what becomes of what is learned.  The gate says whether it stays; --save keeps it, version by version.
+"""Versions: what becomes of what is learned.  The gate says whether it stays; the learner studies beside serving, and what is
+due serves; --save keeps it, version by version.
 
 Learning costs time, and steps that have nothing to learn still shake a draft that was as good as it can be.  So what is
 learned has to show, on answers that it has not learned from yet, or it is taken back.
 """
 
+import io
+import os
+import signal
+import time
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from math import log2
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -112,6 +119,89 @@ class Gate:
 def standard(differences):
     """Their sum in standard errors, about standard normal where the two are equal."""
     return sum(differences) / max(1e-12, sum(d * d for d in differences)) ** 0.5
+
+
+# ---- on another core ---------------------------------------------------------------------------------
+
+
+class Study:
+    """Where the learner works while requests are served, an answer behind: `begin` gives it the trace of one; `end` waits for
+    what it made of that, and lets it serve if it is due, after `every` updates.
+
+    apart: None, and the learner is a thread; or (make, its argument), and it is another process: make(argument) -> the learner,
+    and a function from a trace's fields, `head` left out, to the trace.  After `leave` the one here is as the one there."""
+
+    def __init__(self, learner, every, apart=None):
+        self.learner, self.every, self.version, self.apart, self.doing = learner, every, learner.version, apart, None
+        if apart:
+            self.core = ProcessPoolExecutor(1, get_context("spawn"), arrive, apart)
+            self.core.submit(os.getpid).result()  # it is there
+        else:
+            self.core = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=[torch.get_num_threads()])
+
+    def begin(self, trace=None, line=None):
+        """line: the answer's, in the journal.  Without a trace there is nothing to do."""
+        if trace:
+            begun, self.line = time.perf_counter(), line
+            task = (study_apart, packed(vars(trace) | {"head": None})) if self.apart else (study, self.learner, trace)
+            self.doing, self.waited = self.core.submit(*task, self.every), time.perf_counter() - begun
+
+    def end(self, served, draft_length, journal):
+        doing, self.doing = self.doing, None
+        if doing:
+            begun, told = time.perf_counter(), doing.result()
+            outcome, published = unpacked(told) if self.apart else told
+            if published:
+                weights, self.version, acceptance = published
+                served.load_state_dict(weights)
+                draft_length.trust(acceptance)
+            journal.learned(self.line, published is not None, self.waited + time.perf_counter() - begun, **outcome)
+
+    def leave(self):
+        """-> is the learner here, then, as the one there?  Not if that process died."""
+        with self.core:
+            try:
+                if self.apart:
+                    state, self.learner.unpublished = unpacked(self.core.submit(leave).result())
+                    self.learner.restore(state)
+            except BrokenExecutor:
+                return False
+        return True
+
+
+def study(learner, trace, every):
+    """-> what the learner made of an answer; if others are due to serve (weights, version, acceptance), else None."""
+    outcome = learner.update(trace)
+    due = learner.unpublished >= every
+    return outcome, (learner.publish(), learner.version, learner.acceptance) if due else None
+
+
+def arrive(make, argument):
+    """Where the other process begins; what it works with is `there`."""
+    global there
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that serves
+    there = make(argument)
+
+
+def study_apart(fields, every):
+    learner, trace_of = there
+    return packed(study(learner, trace_of(unpacked(fields)), every))
+
+
+def leave():
+    learner, _ = there
+    return packed((learner.state(), learner.unpublished))
+
+
+def packed(tensors):
+    """What passes between the processes: nothing but tensors, numbers and names can be in it."""
+    data = io.BytesIO()
+    torch.save(tensors, data)
+    return data.getvalue()
+
+
+def unpacked(data):
+    return torch.load(io.BytesIO(data), weights_only=True)
 
 
 # ---- on disk -----------------------------------------------------------------------------------------
