@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import BrokenExecutor
 from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 
@@ -682,6 +683,8 @@ def main(argv=None):
         aurora(target, served, study, static, requests, K, args, journal)
     except KeyboardInterrupt:
         print("\ninterrupted: this is what was served until now", file=sys.stderr)
+    except BrokenExecutor:
+        trouble = UserError("the process that learns died; is there memory for it?  --no-learn serves without it")
     except Exception as error:  # raised again below, when what was served is safe
         trouble = error
     whole = study.leave()

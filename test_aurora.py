@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import random
 import re
 import shutil
@@ -1665,6 +1666,29 @@ def test_save_and_resume_continue_the_versions(files, tmp_path):
     first, second = (torch.load(p, weights_only=True)["weights"] for p in (tmp_path / "kept/v000003/draft.pt", tmp_path / "other/v000003/draft.pt"))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert b"prompt 1" not in b"".join(p.read_bytes() for p in (tmp_path / "kept").rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("wait", [0, 0.5])
+def test_what_serves_outlives_the_process_that_learns(files, tmp_path, monkeypatch, here, wait):
+    """It dies while the fourth request is served, or between that and the next: one line says so, and what served last is kept, without the learner's state."""
+    here()
+    served = []
+
+    def generate_and_kill(target, draft, *a, **k):
+        if draft is not None:
+            served.append(copy.deepcopy(draft.state_dict()))
+        if len(served) == 4:
+            time.sleep(4 * wait)  # by then it is idle
+            [child.kill() for child in multiprocessing.active_children()]
+            time.sleep(wait)
+        return generate(target, draft, *a, **k)
+
+    monkeypatch.setattr(aurora, "generate", generate_and_kill)
+    with pytest.raises(UserError, match="the process that learns died"):
+        run(files, "--no-gate", "--save", f"{tmp_path}/kept")
+    kept, state = aurora.load_learner(tmp_path / "kept", model.load_target(files / "target.pt")[0])
+    assert len(served) == 4 and not same(served[3], served[0]) and state == {}
+    assert (tmp_path / "kept/latest").read_text() == "v000003\n" if wait else same(kept.state_dict(), served[3])
 
 
 @pytest.mark.parametrize("apart", [False, True])
