@@ -1,4 +1,4 @@
-"""The theorems, as tests.  `pytest -q`; about three minutes on two cores.
+"""The theorems, as tests.  `pytest -q`; about five minutes on two cores.
 
 Statistical tests draw with fixed seeds, so they do not flicker; were the seed drawn anew, each chi-square below
 would raise a false alarm with probability 1e-6 (ALARM_Z).  Models are tiny and random unless the shipped weights
