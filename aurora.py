@@ -37,7 +37,7 @@ from pretrain import CLASSES, texts_of
 from rl import ESTIMATORS, Learner, Trace, acceptance_on, expected_length
 from serve import LONGEST, Generation, Request, compile_forwards, generate, print_profile, print_sweep, rounds, seconds_per_round, slots_for
 from verify import NoDistribution, kernel
-from versions import Study, load_learner, save_learner
+from versions import DIED, Study, load_learner, save_learner
 
 HERE = Path(__file__).parent
 ARMS = ("plain", "static", "online")
@@ -134,7 +134,7 @@ class Journal:
     static: the same of the draft that never learns."""
 
     def __init__(self, args, total, examine=None, static=None):
-        self.records, self.examine, self.static = [], examine, static
+        self.records, self.examine, self.static, self.learns = [], examine, static, not args.no_learn
         self.begun = self.examined = examine and examine()
         self.log = open(args.log, "w") if args.log else None
         self.open = []  # lines of answers that were not learned from yet
@@ -154,10 +154,11 @@ class Journal:
         self.records.append(line)
         if self.examine and arm == "online":
             line["held_out"] = self.examined
-        self.open.append(line)
-        if arm != "online":
-            self.write(line)
+        if arm == "online" and self.learns:
+            self.open.append(line)
         else:
+            self.write(line)
+        if arm == "online":
             recent = [r for r in self.records[-60:] if r["arm"] == arm][-20:]
             now = summary(recent)
             self.bar.set_postfix_str(
@@ -172,10 +173,10 @@ class Journal:
                  "staleness": staleness, "update_loss": loss, "gate": verdict}
         if self.examine:
             self.examined = line["held_out"] = self.examine() if published else self.examined
+        self.open.remove(line)
         self.write(line)
 
     def write(self, line):
-        self.open = [other for other in self.open if other is not line]
         if self.log:
             print(json.dumps(line), file=self.log, flush=True)
 
@@ -684,7 +685,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\ninterrupted: this is what was served until now", file=sys.stderr)
     except BrokenExecutor:
-        trouble = UserError("the process that learns died; is there memory for it?  --no-learn serves without it")
+        trouble = UserError(DIED)
     except Exception as error:  # raised again below, when what was served is safe
         trouble = error
     whole = study.leave()
@@ -692,7 +693,7 @@ def main(argv=None):
     journal.print()
     learned = learner.publish() if whole and not trouble else served.state_dict()  # in trouble, what served last
     if args.save:
-        save_learner(args.save, served, learned, max(study.version, learner.version), learner.state() if whole else None)
+        save_learner(args.save, served, learned, learner.version if whole else study.version, learner.state() if whole else None)
     if args.export:
         import checkpoint
 

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -1670,7 +1671,8 @@ def test_save_and_resume_continue_the_versions(files, tmp_path):
 
 @pytest.mark.parametrize("wait", [0, 0.5])
 def test_what_serves_outlives_the_process_that_learns(files, tmp_path, monkeypatch, here, wait):
-    """It dies while the fourth request is served, or between that and the next: one line says so, and what served last is kept, without the learner's state."""
+    """It dies while the fourth request is served, or between that and the next: one line says so, and what served last is kept,
+    without the learner's state."""
     here()
     served = []
 
@@ -1689,6 +1691,23 @@ def test_what_serves_outlives_the_process_that_learns(files, tmp_path, monkeypat
     kept, state = aurora.load_learner(tmp_path / "kept", model.load_target(files / "target.pt")[0])
     assert len(served) == 4 and not same(served[3], served[0]) and state == {}
     assert (tmp_path / "kept/latest").read_text() == "v000003\n" if wait else same(kept.state_dict(), served[3])
+
+
+def test_a_learner_that_does_not_arrive_is_one_line(files, monkeypatch, here):
+    here()
+    monkeypatch.setattr(aurora, "learner_apart", os.abort)
+    with pytest.raises(UserError, match="the process that learns died"):
+        run(files)
+
+
+@pytest.mark.parametrize("more, behind", [(["--no-learn"], 0), ([], 2)])
+def test_a_log_is_written_as_it_goes(files, tmp_path, monkeypatch, more, behind):
+    """Without a learner at once; else an answer's line when it was learned from, so that the last two may be still to come."""
+    told, record = [], aurora.Journal.record
+    lines = lambda: len((tmp_path / "l.jsonl").read_text().splitlines())
+    monkeypatch.setattr(aurora.Journal, "record", lambda *a: (record(*a), told.append(len(a[0].records) - lines()))[0])
+    run(files, "--log", f"{tmp_path}/l.jsonl", *more)
+    assert len(told) == lines() > 6 and max(told) == behind
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -124,6 +124,9 @@ def standard(differences):
 # ---- on another core ---------------------------------------------------------------------------------
 
 
+DIED = "the process that learns died; is there memory for it?  --no-learn serves without it"
+
+
 class Study:
     """Where the learner works while requests are served, an answer behind: `begin` gives it the trace of one; `end` waits for
     what it made of that, and lets it serve if it is due, after `every` updates.
@@ -135,7 +138,10 @@ class Study:
         self.learner, self.every, self.version, self.apart, self.doing = learner, every, learner.version, apart, None
         if apart:
             self.core = ProcessPoolExecutor(1, get_context("spawn"), arrive, apart)
-            self.core.submit(os.getpid).result()  # it is there
+            try:
+                self.core.submit(os.getpid).result()  # it is there
+            except BrokenExecutor:
+                raise UserError(DIED) from None
         else:
             self.core = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=[torch.get_num_threads()])
 
