@@ -18,6 +18,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -1342,6 +1343,9 @@ def test_what_serves_changes_at_an_answer_that_is_not_learned_from():
     resumed = rl.Learner(twin(learner.draft), "log", 1e-2, 1.0, horizon=4, gate=True, every=learner.every)
     resumed.restore(state)
     assert resumed.waiting == tokens and "loss" in resumed.update(trace)
+    resumed.every = 10  # another run's: what waited for a step does not come as many
+    resumed.restore(state)
+    assert resumed.waiting == 9 < tokens
 
 
 def test_a_rest_leaves_no_steps_to_be_made_up_for():
@@ -1691,6 +1695,19 @@ def test_what_serves_outlives_the_process_that_learns(files, tmp_path, monkeypat
     kept, state = aurora.load_learner(tmp_path / "kept", model.load_target(files / "target.pt")[0])
     assert len(served) == 4 and not same(served[3], served[0]) and state == {}
     assert (tmp_path / "kept/latest").read_text() == "v000003\n" if wait else same(kept.state_dict(), served[3])
+
+
+def test_ctrl_c_is_not_for_the_process_that_learns(files, tmp_path, monkeypatch, here):
+    """A terminal sends it to both; the one that serves decides."""
+    here()
+
+    def generate_and_interrupt(*a, **k):
+        [os.kill(child.pid, signal.SIGINT) for child in multiprocessing.active_children()]
+        return generate(*a, **k)
+
+    monkeypatch.setattr(aurora, "generate", generate_and_interrupt)
+    run(files, "--save", f"{tmp_path}/kept")
+    assert aurora.load_learner(tmp_path / "kept", model.load_target(files / "target.pt")[0])[1]["updates"] == 6
 
 
 def test_a_learner_that_does_not_arrive_is_one_line(files, monkeypatch, here):
