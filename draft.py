@@ -26,7 +26,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from model import MLP, Attention, Cache, Transformer, UserError, add_tables, attend, fill, load, rope_and_mask
+from model import MLP, Attention, Cache, RMSNorm, Transformer, UserError, add_tables, attend, fill, load, rope_and_mask
 
 
 class FixedLength:
@@ -136,10 +136,10 @@ class DraftLength:
 class Midlayer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, input_size=2 * config.hidden_size)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def attention_input(self, g, embedded):
@@ -229,7 +229,7 @@ class Draft(Chain, nn.Module):
         self.config, D = config, config.hidden_size
         self.fc = nn.Linear(3 * D, D, bias=False)
         self.midlayer = Midlayer(config)
-        self.norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(D, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(D, config.vocab_size if vocabulary is None else len(vocabulary), bias=False)
         for p in self.parameters():
             if p.ndim == 2:

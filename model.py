@@ -53,10 +53,13 @@ class Config:
 
 
 def add_tables(model, config):
-    """Buffers that follow from the configuration: RoPE tables (positions, E), and the ids that are never emitted."""
+    """Buffers that follow from the configuration: RoPE tables (positions, E), norms' eps, and the ids that are never emitted."""
     cos, sin = rope_table(config, config.max_position_embeddings + SPARE)
     model.register_buffer("cos", cos, persistent=False)
     model.register_buffer("sin", sin, persistent=False)
+    for norm in model.modules():
+        if isinstance(norm, RMSNorm):
+            norm.register_buffer("floor", torch.tensor(norm.eps), persistent=False)
     model.register_buffer("suppressed", torch.tensor(config.suppress_tokens, dtype=torch.int64), persistent=False)
 
 
@@ -80,7 +83,7 @@ def rope_table(config, length, device=None):
 def rotate(x, cos, sin):
     """Rotate-half RoPE: x (B, T, heads, E); cos, sin (B or 1, T, 1, E), in x's dtype."""
     left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat([-right, left], dim=-1), sin)
 
 
 def rope_and_mask(model, positions, cache, dtype):
@@ -88,8 +91,11 @@ def rope_and_mask(model, positions, cache, dtype):
     is added to the scores, 0 at the slots that a token may read and -inf at those of the future.
 
     S: the slots in use; in a compiled forward, whose shapes are fixed, all that the cache has."""
-    cos, sin = model.cos[positions][:, :, None].to(dtype), model.sin[positions][:, :, None].to(dtype)
-    S = cache.k[0].shape[1] if torch.compiler.is_compiling() else int(positions.max()) + 1
+    cos, sin = (F.embedding(positions, table)[:, :, None].to(dtype) for table in (model.cos, model.sin))
+    fixed = torch.compiler.is_compiling()
+    S = cache.k[0].shape[1] if fixed else int(positions.max()) + 1
+    if positions.numel() == 1 and not fixed:  # a lone token reads all there is
+        return cos, sin, torch.zeros(1, 1, 1, S, dtype=dtype, device=positions.device)
     slots = torch.arange(S, device=positions.device)
     mask = torch.zeros((), dtype=dtype, device=positions.device).where(slots <= positions[..., None], float("-inf"))
     return cos, sin, mask[:, None]
@@ -106,6 +112,17 @@ class Cache:
         self.rows = torch.arange(batch, device=device)[:, None]
 
 
+class RMSNorm(nn.RMSNorm):
+    """As torch's, which is one kernel on CUDA but many operations on the CPU, where each costs a small model microseconds."""
+
+    def forward(self, x):
+        if x.is_cuda:
+            return super().forward(x)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        square = torch.addcmul(self.floor, length, length, value=1 / x.shape[-1])  # the mean square, and eps
+        return (x * (self.weight * square.rsqrt())).to(x.dtype)
+
+
 class Attention(nn.Module):
     def __init__(self, config, input_size=None):
         super().__init__()
@@ -116,15 +133,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_key_value_heads * E, bias=config.attention_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=config.output_bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(E, eps=config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(E, eps=config.rms_norm_eps)
+            self.q_norm = RMSNorm(E, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(E, eps=config.rms_norm_eps)
 
     def qkv(self, x, cos, sin):
         """x (B, T, width) -> rotated q (B, T, H, E), rotated k and v (B, T, G, E)."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        q, k = rotate(torch.cat([q, k], dim=2), cos, sin).split([q.shape[2], k.shape[2]], dim=2)
+        return q, k, v
 
     def forward(self, x, cos, sin, mask, positions, cache, layer, last=None):
         """x (B, T, width) -> (B, T, D).  last (B,): only the output of each row's token `last` is asked for, (B, 1, D)."""
@@ -157,9 +175,9 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, h, *where):
@@ -172,7 +190,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class Transformer(nn.Module):

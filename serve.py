@@ -51,7 +51,7 @@ class Generation:
     Row b has committed `committed[b]`.  The target has read all of it but the last token; `unread[b]` are the
     features of what it has read since the draft looked last."""
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __init__(self, target, draft, requests, K):
         self.target, self.draft, self.requests, self.K = target, draft, requests, K
         self.device = device = target.lm_head.weight.device
@@ -77,7 +77,7 @@ class Generation:
     def done(self):
         return not any(self.active(b) for b in range(len(self.requests)))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def round(self, K=None, enough=None):
         """Draft up to K tokens, as long as they are not `enough` (Chain.propose); verify, commit.
         Returns per row (accepted tokens, the target's own token); None if complete."""
@@ -210,7 +210,7 @@ def compile_forwards(target, drafts, slots, learning=None, cuts=False):
     What never changes has its weights packed into its graphs.  Those of the draft that serves while it is `learning` are
     arguments of its graphs, so what is published by copying into them serves at once.  Do not copy or cast a model
     afterwards, nor change the others' weights or the target's feature_layers."""
-    sampling, coins = Sampling([(1.0, 1.0, 0)]), torch.zeros(1, 1, dtype=torch.float64)
+    sampling, coins = Sampling([(0.0, 1.0, 0)]), torch.zeros(1, 1, dtype=torch.float64)  # graphs that draw at any temperature
     forwards = [(target, "verify", rows, [], []) for rows in ROWS]  # what comes before a graph's ids, and after its cache
     for draft in drafts:
         if isinstance(draft, Chain):

@@ -298,6 +298,27 @@ def test_cache_equals_no_cache_with_rows_at_different_positions_and_after_rollba
     assert (done - starts == 9).all()
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-7), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_our_norm_is_torchs(dtype, tolerance, D=24):
+    """Values and, but in bfloat16, gradients; also of rows so short that eps matters, and of a row of zeros."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, D, generator=g, dtype=torch.float64) * torch.tensor([1.0, 1e-3, 30.0, 1e-5, 0.1, 0.0]).view(6, 1, 1)
+    ours, theirs = model.RMSNorm(D, eps=1e-6), torch.nn.RMSNorm(D, eps=1e-6)
+    ours.register_buffer("floor", torch.tensor(1e-6), persistent=False)
+    out = []
+    for norm in (ours, theirs):
+        torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+        norm.to(dtype)
+        rows = x.to(dtype).requires_grad_()
+        y = norm(rows)
+        assert y.dtype == dtype
+        y.backward(torch.linspace(-1, 1, D, dtype=dtype).expand_as(y))
+        out.append((y, rows.grad[:5], norm.weight.grad))
+    assert out[0][1].isfinite().all()
+    for a, b in list(zip(*out))[: 1 if dtype == torch.bfloat16 else 3]:
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
 def test_future_tokens_do_not_matter():
     target = tiny_target()
     ids = torch.randint(0, 16, (1, 30))
