@@ -318,7 +318,7 @@ def optimizers(model, lr, weight_decay=0.0):
 class Learner:
     """Learns in place on the draft it is given; what serves is a copy that the driver takes of a published version.
 
-    target_side in 0..1 is the share of the loss that comes from the target's own tokens, in chains up to `chain` that start
+    target_side in 0..1 is the share of the loss that comes from the target's own tokens, in chains of `chain` that start
     at `places` places of an answer, drawn at random.  The rest comes from the draft's tokens, of as many rounds; rounds of
     plain decoding have none and teach by the target's all the same.  There is an optimizer step for every `every` tokens of
     answers (0: for every answer), so that it takes about the same share of the time whether they are short or long.  The first step of an
@@ -369,15 +369,9 @@ class Learner:
                 places = self.some(torch.arange(len(trace.ids) - trace.prompt_length, device=trace.ids.device))
             else:
                 places = self.some(trace.starts[~drafted] + 2 - trace.prompt_length)
-            answer = replay_answer(self.draft, trace, self.reach(trace), places)
+            answer = replay_answer(self.draft, trace, self.chain, places)
             parts.append((1 - draft_side) * target_side_loss(*answer, T, self.estimator))
         return sum(parts)
-
-    def reach(self, trace):
-        """Places of a chain that matter: one more than the answer's rounds drafted on average, so that longer ones may come to
-        pay; from two up to `chain`."""
-        drafted = (trace.draft_tokens >= 0).sum(1).float().mean().item()
-        return min(self.chain, max(2, 1 + round(drafted)))
 
     def some(self, places):
         """At most as many of these as the learner takes of an answer, drawn at random, in order."""
@@ -389,7 +383,7 @@ class Learner:
         """One more trace is offered -> {"learn_seconds"}; with a gate its "verdict" and, unless that rests, "expected_length";
         after an update "loss", that of this trace, "expected_length" and "staleness".
 
-        expected_length: tokens a round to expect, in chains that `reach`, on this answer before it is learned from; with a
+        expected_length: tokens a round to expect, in chains of `chain`, on this answer before it is learned from; with a
         gate, of the draft that is to serve; without one, of the last step's weights, not of their average, which serves.
         staleness: versions between the one that served a trace and the newest, mean over the traces learned from.
 
@@ -435,7 +429,7 @@ class Learner:
     def examine(self, weights, trace):
         """The acceptance on this answer of the draft with these weights."""
         self.examined.load_state_dict(weights, strict=False)  # the rest is the same; the embedding is the target's own, which serves meanwhile
-        return acceptance_on(self.examined, trace, self.reach(trace), self.places // 2)
+        return acceptance_on(self.examined, trace, self.chain, self.places // 2)
 
     def set_anchor(self):
         self.anchor = {name: p.clone() for name, p in self.average.items()}, self.averaged
@@ -455,7 +449,7 @@ class Learner:
         """So many steps, the first of them on this trace and others, the rest on any that are in memory."""
         losses, staleness, memory = [], [], [*self.recent, *self.reservoir]
         if not self.gate:
-            self.acceptance = acceptance_on(self.draft, trace, self.reach(trace), self.places // 2).tolist()
+            self.acceptance = acceptance_on(self.draft, trace, self.chain, self.places // 2).tolist()
         self.updates += 1
         self.unpublished += not self.gate or self.gate.ahead  # else the anchor goes on serving
         for step in range(steps):

@@ -827,7 +827,7 @@ def test_plain_rounds_teach_by_what_followed_them():
     run = Generation(target, draft, [request(new=30)], 3)
     list(serve.rounds(run, Changing(2, 0, 3, 0, 0, 1)))
     trace, learner = run.trace(0), rl.Learner(draft, "log", 1e-3, 0.0, chain=4)
-    logits, rows, tokens = rl.replay_answer(draft, trace, learner.reach(trace))
+    logits, rows, tokens = rl.replay_answer(draft, trace, learner.chain)
     total = 0.0
     for r, start in enumerate(trace.starts.tolist()):
         if trace.draft_tokens[r, 0] < 0:
@@ -1281,17 +1281,6 @@ def test_a_resumed_learner_serves_and_learns_as_the_one_that_was_saved():
     assert same(resumed.fallback[0], learner.fallback[0]) and resumed.fallback[1] == 5 and resumed.begun[1] == 6
     learner.gate.gains.append(7.0)
     assert resumed.gate.gains == [-1.0] * 3
-
-
-@pytest.mark.parametrize("drafted, reach", [((0, 0, 1), 2), ((1, 1, 2, 1), 2), ((2, 2), 3), ((2, 3, 3, 3), 4), ((8, 8), 5)])
-def test_chains_reach_one_place_past_what_was_drafted(drafted, reach, monkeypatch):
-    """Where the learner learns and where it examines: no longer, since the rest would cost time and could not show."""
-    learner, trace = gated(chain=5)
-    trace.draft_tokens = torch.stack([torch.cat([torch.zeros(n), -torch.ones(8 - n)]) for n in drafted]).long()
-    used = []
-    monkeypatch.setattr(rl, "replay_answer", lambda draft, trace, K, *a, f=rl.replay_answer: (used.append(K), f(draft, trace, K, *a))[1])
-    learner.loss(trace), learner.examine(learner.average, trace)
-    assert used == [reach] * 2
 
 
 def test_the_learner_multiplies_in_bfloat16_and_hardly_errs(monkeypatch):
