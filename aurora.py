@@ -562,7 +562,7 @@ def new_learner(draft, state, args):
     longest = LONGEST if args.num_speculative_tokens == "auto" else args.num_speculative_tokens
     # Also where nothing is learned: of what an earlier run kept, only the gate knows what served.
     learner = Learner(draft, args.estimator, args.lr, args.target_side, args.learn_every, min(4, longest), reservoir=args.reservoir,
-                      horizon=max(1, AVERAGED // (args.learn_every or 256)), scratch=args.draft == "scratch",
+                      horizon=max(1, AVERAGED // (args.learn_every or args.max_new_tokens)), scratch=args.draft == "scratch",
                       gate=args.gate or args.no_learn, seed=args.seed)
     learner.restore(state)
     return learner

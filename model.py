@@ -118,9 +118,10 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         if x.is_cuda:
             return super().forward(x)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         square = torch.addcmul(self.floor, length, length, value=1 / x.shape[-1])  # the mean square, and eps
-        return (x * (self.weight * square.rsqrt())).to(x.dtype)
+        return (wide * (self.weight * square.rsqrt())).to(x.dtype)
 
 
 class Attention(nn.Module):

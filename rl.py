@@ -39,7 +39,6 @@ import importlib.util
 import itertools
 import json
 import time
-import warnings
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,9 +212,6 @@ class Trace:
 # the draft with gradient one thing is different: an id that its own cut dropped, but the target's kept, is given back to
 # it.  Its probability would be 0 with no gradient, so it could hardly return, and a random draft, whose cut hardly meets the
 # target's, hardly learns.  Wherever the draft's cut keeps all that the target's keeps, the gradient is that of the law that served.
-
-
-warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # torch warns of mixed dtypes in a norm under `replaying`; they are intended
 
 
 def replaying(device):

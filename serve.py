@@ -49,7 +49,8 @@ class Generation:
 
     K: drafted tokens a round; `round` may be told a lower number.
     Row b has committed `committed[b]`.  The target has read all of it but the last token; `unread[b]` are the
-    features of what it has read since the draft looked last."""
+    features of what it has read since the draft looked last.  All that is made in inference mode and never learned from; what
+    `trace` returns is not."""
 
     @torch.inference_mode()
     def __init__(self, target, draft, requests, K):
@@ -265,9 +266,9 @@ def one_row(x, weight):
 
 
 def fingerprint(model):
-    """Of all the model's weights, in hexadecimal."""
+    """Of all the model's weights and buffers, in hexadecimal."""
     digest = hashlib.blake2b()
-    for tensor in model.state_dict().values():
+    for tensor in [*model.state_dict().values(), *model.buffers()]:
         digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

@@ -319,6 +319,13 @@ def test_our_norm_is_torchs(dtype, tolerance, D=24):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+def test_every_norm_has_its_eps():
+    target = tiny_target(rms_norm_eps=0.25)
+    for made in (target, Draft(target), SmallModel(target.config)):
+        norms = [m for m in made.modules() if isinstance(m, torch.nn.RMSNorm)]
+        assert len(norms) >= 4 and all(norm.floor == norm.eps == 0.25 for norm in norms)
+
+
 def test_future_tokens_do_not_matter():
     target = tiny_target()
     ids = torch.randint(0, 16, (1, 30))
@@ -1281,6 +1288,16 @@ def test_a_resumed_learner_serves_and_learns_as_the_one_that_was_saved():
     assert same(resumed.fallback[0], learner.fallback[0]) and resumed.fallback[1] == 5 and resumed.begun[1] == 6
     learner.gate.gains.append(7.0)
     assert resumed.gate.gains == [-1.0] * 3
+
+
+@pytest.mark.parametrize("flags, chain, horizon", [([], 4, 240), (["--draft", "static"], 4, 60), (["--num-speculative-tokens", "2"], 2, 240),
+                                                   (["--learn-every", "0", "--max-new-tokens", "100"], 4, 153), (["--learn-every", "20000"], 4, 1)])
+def test_the_average_spans_as_many_tokens_whatever_a_step_takes(flags, chain, horizon):
+    """What the driver's flags make of the learner: its chains, and 15360 tokens' steps in the average."""
+    target = tiny_target()
+    learner = aurora.new_learner(tiny_draft(target), {}, aurora.arguments(flags))
+    assert (learner.chain, learner.horizon) == (chain, horizon)
+    assert learner.averaged == (0 if "static" not in flags else 3 * horizon)
 
 
 def test_the_learner_multiplies_in_bfloat16_and_hardly_errs(monkeypatch):
