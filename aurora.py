@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from draft import Chain, Draft, DraftLength, FixedLength, NGram, load_draft, twin
-from model import Bytes, UserError, fast_bfloat16, load_target
+from model import Bytes, UserError, by_columns, fast_bfloat16, load_target
 from pretrain import CLASSES, texts_of
 from rl import ESTIMATORS, Learner, Trace, acceptance_on, expected_length
 from serve import LONGEST, Generation, Request, compile_forwards, generate, print_profile, print_sweep, rounds, seconds_per_round, slots_for
@@ -669,6 +669,8 @@ def main(argv=None):
     learning = None if args.no_learn and not (args.save or args.export) else served
     for serves in (m for m in (served, static) if args.compile and m):
         serves.to(target.lm_head.weight.dtype)
+    for serves in (m for m in (target, served, static) if m and is_small(target) and args.device == "cpu" and not args.compile):
+        by_columns(serves)
     if args.profile:
         return print_profile(target, served, context, args.compile, learning)
     compiled = speed_up(target, served, static, requests, learning) if args.compile else ""

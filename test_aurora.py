@@ -319,6 +319,30 @@ def test_our_norm_is_torchs(dtype, tolerance, D=24):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+def test_matrices_that_lie_by_columns_say_the_same_and_take_what_is_published():
+    """An embedding that a head is tied to lies like it; what is copied into a model leaves its layout."""
+    for tied in (False, True):
+        target = tiny_target(tie_word_embeddings=tied)
+        draft, run = tiny_draft(target), lambda: generate(target, served, request(new=20), 3)[0]
+        served, learned = twin(draft), tiny_draft(target, seed=5)
+        rows, before = served.midlayer.mlp.up_proj.weight, [run()]
+        served.load_state_dict(learned.state_dict())
+        before.append(run())
+        served.load_state_dict(draft.state_dict())
+        model.by_columns(target), model.by_columns(served)
+        assert served.midlayer.mlp.up_proj.weight is rows and rows.stride() == (1, rows.shape[0]) and draft.fc.weight.is_contiguous()
+        after = [run()]
+        served.load_state_dict(learned.state_dict())
+        after.append(run())
+        assert rows.stride() == (1, rows.shape[0]) and not torch.equal(*(x.draft_tokens[: 4, :1] for x in after))
+        for a, b in zip(before, after):
+            assert torch.equal(a.ids, b.ids) and torch.equal(a.draft_tokens, b.draft_tokens)
+            torch.testing.assert_close(a.features, b.features, rtol=1e-4, atol=1e-4)
+    bits = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+    model.by_columns(bits)
+    assert bits.weight.is_contiguous()
+
+
 def test_every_norm_has_its_eps():
     target = tiny_target(rms_norm_eps=0.25)
     for made in (target, Draft(target), SmallModel(target.config)):
