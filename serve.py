@@ -178,11 +178,11 @@ def seconds_per_round(target, draft, temperature):
             break
         generation = Generation(target, draft, [Request(prompt, 64, 0, temperature)], LONGEST)
         generation.round(LONGEST)  # the draft reads the prompt
-        sweeps.append([])
-        for K in range(LONGEST, -1, -1):
+        sweeps.append([0.0] * (LONGEST + 1))
+        for K in [*range(LONGEST, 0, -1), *[0] * 6]:  # plain rounds follow each other, and the first ones after drafting are slower
             begun = time.perf_counter()
             generation.round(K)
-            sweeps[-1].insert(0, time.perf_counter() - begun)
+            sweeps[-1][K] = time.perf_counter() - begun
     sweeps = torch.tensor(sweeps[1:], dtype=torch.float64)  # the first one warms up
     share = (sweeps / sweeps.sum(1, keepdim=True)).median(0).values
     return (share * sweeps.sum(1).median() / share.sum()).tolist()
