@@ -64,16 +64,19 @@ class DraftLength:
 
         c sum_{k<i<=m} S_i / S_k  <  rate (seconds(m) - seconds(k)).
 
-    That is as lossless as a fixed length, since whether a place is drafted depends on the tokens before it alone.
+    That is as lossless as a fixed length, since whether a place is drafted depends on the tokens before it alone.  It makes
+    more than any fixed length, so whether drafting pays at all is judged by what such rounds made of late as well.
 
-    seconds: measured, of a round with K = 0, 1, .. longest drafted tokens.  Where nothing pays, a round with K = 1 still
-    probes now and then.  What it takes longer than a plain one, by these, is at most `probing` of all the time; on top of that
-    the draft has to read what was said since the last probe, which is about twice as much again."""
+    seconds: measured, of a round with K = 0, 1, .. longest drafted tokens.  Where nothing pays, a round still probes now and
+    then: with K = 1 or, of a draft that doubts, as long as it is sure.  What it takes longer than a plain one, by these, is at
+    most `probing` of all the time; on top of that the draft has to read what was said since the last probe, which is about
+    twice as much again."""
 
     def __init__(self, seconds, doubts=False, probing=0.005, hope=0.7):
         self.longest, self.seconds, self.probing, self.hope = len(seconds) - 1, seconds, probing, hope
         self.kept = [0.0] * self.longest  # each place's acceptances and
         self.tested = [0.0] * self.longest  # tests, old ones fading
+        self.made = self.took = 0.0  # tokens and seconds of rounds that drafted, old ones fading
         self.spent = self.probed = 0.0
         self.enough = self.in_doubt if doubts else None
 
@@ -91,14 +94,25 @@ class DraftLength:
         S = self.survival()
         return [(1 + sum(S[:K])) / t for K, t in enumerate(self.seconds)]
 
+    def drafting(self, rates, bonus=1.2, rounds=40):
+        """Tokens per second to expect of rounds that draft.  For a draft that doubts this is what they made, and, as if of so
+        many rounds more, what the best fixed length promises, and a fifth on top: its end is to make more than that."""
+        K = max(range(1, self.longest + 1), key=rates.__getitem__)
+        if not self.enough:
+            return rates[K]
+        took = rounds * self.seconds[K]
+        return (bonus * rates[K] * took + self.made) / (took + self.took)
+
     def choose(self):
         """The most tokens that the next round may draft."""
         rates = self.rates()
-        rate, S, t = max(rates), self.survival(), self.seconds
-        if rate == rates[0]:
-            return 1 if self.probed < self.probing * self.spent else 0
+        rate, S, t = self.drafting(rates), self.survival(), self.seconds
+        pays = rate > rates[0]
+        if not pays and self.probed >= self.probing * self.spent:
+            return 0
         if not self.enough:
-            return rates.index(rate)
+            return rates.index(rate) if pays else 1
+        rate = max(rate, rates[0])
         self.worth = [min(rate * (t[m] - t[k]) * S[k - 1] / sum(S[k:m]) for m in range(k + 1, self.longest + 1))
                       for k in range(1, self.longest)]  # after k tokens: how certain they must be
         return self.longest
@@ -110,10 +124,12 @@ class DraftLength:
     def observe(self, drafted, accepted, seconds):
         """A round took `seconds`; of each row, how many tokens it drafted and how many of them were kept."""
         rates = self.rates()
-        if max(drafted) and rates[0] == max(rates):
+        if max(drafted) and self.drafting(rates) <= rates[0]:
             self.probed += seconds * max(0.0, 1 - self.seconds[0] / self.seconds[max(drafted)])  # a share: machines change their speed
         self.spent += seconds
         for K, n in zip(drafted, accepted):
+            if K:
+                self.made, self.took = 0.995 * self.made + n + 1, 0.995 * self.took + self.seconds[K]
             for j in range(self.longest if K else 0):
                 reached = j < min(n + 1, K)
                 memory = 0.99 if reached else 0.95  # what is not looked at any more is sooner worth another look
@@ -123,6 +139,7 @@ class DraftLength:
     def trust(self, acceptance, tests=10.0):
         """The learner's estimate of the places' acceptance makes up for tests, up to so many, that rounds did not make: it
         knows what the draft has become.  What was seen of the draft before it counts less."""
+        self.made, self.took = 0.7 * self.made, 0.7 * self.took
         for j, a in enumerate(acceptance[: self.longest]):
             missing = max(0.0, tests - 0.7 * self.tested[j])
             self.kept[j] = 0.7 * self.kept[j] + missing * a
