@@ -60,12 +60,13 @@ class DraftLength:
     A draft that `doubts` tells for every token how probable it held it, and what it doubts is seldom kept.  If drafting pays
     at all, its chains go on as long as that does.  After k tokens, to which it gave the probability c together, going on to
     m > k of them promises c sum_{k<i<=m} S_i / S_k tokens more and costs seconds(m) - seconds(k).  They are enough if no m
-    gains as much as the best of those rates makes in that time,
+    gains as much as that time is worth,
 
-        c sum_{k<i<=m} S_i / S_k  <  rate (seconds(m) - seconds(k)).
+        c sum_{k<i<=m} S_i / S_k  <  rate (seconds(m) - seconds(k)),
 
-    That is as lossless as a fixed length, since whether a place is drafted depends on the tokens before it alone.  It makes
-    more than any fixed length, so whether drafting pays at all is judged by what such rounds made of late as well.
+    where rate is that of all rounds that draft, as they went of late.  It is above those of fixed lengths, and if it is above
+    that of plain decoding, drafting pays.  All this is as lossless as a fixed length, since whether a place is drafted depends
+    on the tokens before it alone.
 
     seconds: measured, of a round with K = 0, 1, .. longest drafted tokens.  Where nothing pays, a round still probes now and
     then: with K = 1 or, of a draft that doubts, as long as it is sure.  What it takes longer than a plain one, by these, is at
@@ -128,8 +129,8 @@ class DraftLength:
             self.probed += seconds * max(0.0, 1 - self.seconds[0] / self.seconds[max(drafted)])  # a share: machines change their speed
         self.spent += seconds
         for K, n in zip(drafted, accepted):
-            if K:
-                self.made, self.took = 0.995 * self.made + n + 1, 0.995 * self.took + self.seconds[K]
+            self.made = 0.995 * self.made + (n + 1 if K else 0)  # forgotten with every round, drafted or not: text changes
+            self.took = 0.995 * self.took + (self.seconds[K] if K else 0)
             for j in range(self.longest if K else 0):
                 reached = j < min(n + 1, K)
                 memory = 0.99 if reached else 0.95  # what is not looked at any more is sooner worth another look

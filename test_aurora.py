@@ -624,18 +624,20 @@ def test_a_draft_with_doubts_drafts_as_long_as_that_pays():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_where_drafting_hardly_pays_it_is_judged_by_what_it_made(seed):
-    """No fixed length gains 6 %, chains that end in doubt gain more; judged by fixed lengths alone, drafting stopped again and again."""
+    """No fixed length gains 6 %, chains that end in doubt gain more, and they are found again after text in which none did.
+    Judged by fixed lengths alone, or without forgetting, drafting stopped and hardly came back."""
     seconds, draws, made, spent = [1.0] + [1.3 + 0.21 * K for K in range(1, 9)], random.Random(seed), 0, 0.0
     chooser, fixed = DraftLength(seconds, doubts=True), Counter()
-    for _ in range(3000):
-        q = draws.choices([0.15, 0.35, 0.6, 0.95], [0.3, 0.2, 0.2, 0.3], k=8)
+    for round in range(5000):
+        q = draws.choices([0.15, 0.35, 0.6, 0.95], [0.3, 0.2, 0.2, 0.3], k=8) if round >= 1000 else [0.1] * 8
         n = next((k for k in range(8) if draws.random() >= q[k]), 8)
-        fixed.update({K: min(K, n) + 1 for K in range(9)})
         if K := chooser.choose():
             K = next((k for k in range(1, K) if chooser.enough(k, math.prod(q[:k]))), K)
         chooser.observe([K], [min(K, n)], seconds[K])
-        made, spent = made + min(K, n) + 1, spent + seconds[K]
-    assert max(fixed[K] / 3000 / t for K, t in enumerate(seconds)) < 1.06 and made / spent > 1.07
+        if round >= 1000:
+            fixed.update({K: min(K, n) + 1 for K in range(9)})
+            made, spent = made + min(K, n) + 1, spent + seconds[K]
+    assert max(fixed[K] / 4000 / t for K, t in enumerate(seconds)) < 1.06 and made / spent > 1.06
 
 
 def test_the_learners_estimate_fills_in_where_rounds_did_not_look():
