@@ -29,6 +29,11 @@ from torch import nn
 from model import MLP, Attention, Cache, RMSNorm, Transformer, UserError, add_tables, attend, fill, load, rope_and_mask
 
 
+def add(counts, memory, kept, tested):
+    """Adds to [acceptances, tests], of which so much is remembered."""
+    counts[:] = memory * counts[0] + kept, memory * counts[1] + tested
+
+
 class FixedLength:
     """Always draft K tokens."""
 
@@ -55,7 +60,8 @@ class DraftLength:
 
         (1 + sum_{k<=K} S_k) / seconds(K),     S_k = prod_{j<=k} a_j,
 
-    where a_j is how often place j was accepted when it was put to the test, of late.  K = 0 is plain decoding.
+    where a_j is how often place j was accepted when it was put to the test, of late, or ever, where it was not of late: hard
+    text ends some time.  K = 0 is plain decoding.
 
     A draft that `doubts` tells for every token how probable it held it, and what it doubts is seldom kept.  If drafting pays
     at all, its chains go on as long as that does.  After k tokens, to which it gave the probability c together, going on to
@@ -75,17 +81,17 @@ class DraftLength:
 
     def __init__(self, seconds, doubts=False, probing=0.005, hope=0.7):
         self.longest, self.seconds, self.probing, self.hope = len(seconds) - 1, seconds, probing, hope
-        self.kept = [0.0] * self.longest  # each place's acceptances and
-        self.tested = [0.0] * self.longest  # tests, old ones fading
+        self.usual, self.late = ([[0.0, 0.0] for _ in range(self.longest)] for _ in range(2))  # each place's acceptances and tests
         self.made = self.took = 0.0  # tokens and seconds of rounds that drafted, old ones fading
         self.spent = self.probed = 0.0
         self.enough = self.in_doubt if doubts else None
 
     def survival(self):
-        """S_1, S_2, ..; a place that was hardly ever reached is taken to be like the one before it."""
+        """S_1, S_2, ..; a place that was hardly reached of late is as usual, and one that never was like the one before it."""
         a, S, out = self.hope, 1.0, []
-        for kept, tested in zip(self.kept, self.tested):
-            a = (kept + 5 * a) / (tested + 5)
+        for place in zip(self.usual, self.late):
+            for kept, tested in place:
+                a = (kept + 5 * a) / (tested + 5)
             S *= a
             out.append(S)
         return out
@@ -95,7 +101,7 @@ class DraftLength:
         S = self.survival()
         return [(1 + sum(S[:K])) / t for K, t in enumerate(self.seconds)]
 
-    def drafting(self, rates, bonus=1.2, rounds=40):
+    def drafting(self, rates, bonus=1.2, rounds=20):
         """Tokens per second to expect of rounds that draft.  For a draft that doubts this is what they made, and, as if of so
         many rounds more, what the best fixed length promises, and a fifth on top: its end is to make more than that."""
         K = max(range(1, self.longest + 1), key=rates.__getitem__)
@@ -129,22 +135,20 @@ class DraftLength:
             self.probed += seconds * max(0.0, 1 - self.seconds[0] / self.seconds[max(drafted)])  # a share: machines change their speed
         self.spent += seconds
         for K, n in zip(drafted, accepted):
-            self.made = 0.995 * self.made + (n + 1 if K else 0)  # forgotten with every round, drafted or not: text changes
-            self.took = 0.995 * self.took + (self.seconds[K] if K else 0)
-            for j in range(self.longest if K else 0):
+            self.made = 0.99 * self.made + (n + 1 if K else 0)  # forgotten with every round, drafted or not: text changes
+            self.took = 0.99 * self.took + (self.seconds[K] if K else 0)
+            for j, (usual, late) in enumerate(zip(self.usual, self.late)):
                 reached = j < min(n + 1, K)
-                memory = 0.99 if reached else 0.95  # what is not looked at any more is sooner worth another look
-                self.kept[j] = memory * self.kept[j] + (j < n)
-                self.tested[j] = memory * self.tested[j] + reached
+                add(late, 0.99 if reached else 0.95, j < n, reached)  # what is not looked at any more is sooner worth another look
+                add(usual, 0.998 if reached else 1.0, j < n, reached)
 
     def trust(self, acceptance, tests=10.0):
-        """The learner's estimate of the places' acceptance makes up for tests, up to so many, that rounds did not make: it
-        knows what the draft has become.  What was seen of the draft before it counts less."""
+        """The draft has become another one, whose places the learner estimates, on one answer, to be kept so often: that is as
+        good as so many tests, and what was seen of the draft before it counts less."""
         self.made, self.took = 0.7 * self.made, 0.7 * self.took
-        for j, a in enumerate(acceptance[: self.longest]):
-            missing = max(0.0, tests - 0.7 * self.tested[j])
-            self.kept[j] = 0.7 * self.kept[j] + missing * a
-            self.tested[j] = 0.7 * self.tested[j] + missing
+        for usual, late, a in zip(self.usual, self.late, acceptance):
+            add(usual, 0.8, tests * a, tests)
+            add(late, 0.7, 0.0, 0.0)
 
     def __str__(self):
         ratios = " ".join(f"{t / self.seconds[0]:.2f}" for t in self.seconds[1:])

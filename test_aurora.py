@@ -641,15 +641,44 @@ def test_where_drafting_hardly_pays_it_is_judged_by_what_it_made(seed):
 
 
 def test_the_learners_estimate_fills_in_where_rounds_did_not_look():
+    """What it says of one answer is mixed with what it said of those before, and takes over from what rounds saw long ago."""
     chooser = DraftLength([1.0] + [1.2 + 0.1 * K for K in range(1, 4)])
     for _ in range(50):
         chooser.observe([1], [1], 1.2)
-    seen = chooser.tested[0]
+    (kept, seen), *_ = chooser.late
     chooser.trust([0.1, 0.6, 0.5])
-    assert chooser.tested == pytest.approx([0.7 * seen, 10, 10]) and chooser.kept == pytest.approx([0.7 * seen, 6, 5])
-    for _ in range(4):
+    assert chooser.late[0] == pytest.approx([0.7 * kept, 0.7 * seen]) and chooser.usual[1] == pytest.approx([6, 10])
+    chooser.trust([0.1, 0.2, 0.5])
+    assert chooser.usual[1] == pytest.approx([0.8 * 6 + 2, 18]) and 0.3 < chooser.survival()[0] < 1
+    for _ in range(30):
         chooser.trust([0.1, 0.6, 0.5])
-    assert chooser.tested == pytest.approx([10.0] * 3) and chooser.kept[0] < 0.75 * chooser.tested[0]
+    assert chooser.survival()[0] == pytest.approx((50 * 0.1 + 5 * 0.7) / (50 + 5), rel=0.02)  # what it says, and a little hope
+
+
+@pytest.mark.parametrize("doubts", [False, True])
+def test_after_text_that_was_too_hard_drafting_soon_comes_back(doubts):
+    """400 rounds in which hardly a token is kept stop it, and 500 rounds after them it is as fast again as if there had been none.
+    A worthless draft, of which nothing else was ever seen, is not given that chance."""
+    seconds, draws = [1.0] + [1.4 + 0.23 * K for K in range(1, 9)], random.Random(0)
+
+    def share_drafted(chooser, count, chances):
+        drafted = 0
+        for _ in range(count):
+            q = draws.choices(chances, k=8)
+            n = next((k for k in range(8) if draws.random() >= q[k]), 8)
+            if (K := chooser.choose()) and doubts:
+                K = next((k for k in range(1, K) if chooser.enough(k, math.prod(q[:k]))), K)
+            chooser.observe([K], [min(K, n)], seconds[K])
+            drafted += K > 0
+        return drafted / count
+
+    easy, hard = [0.6, 0.9, 0.98], [0.02, 0.1]
+    chooser, worthless = (DraftLength(seconds, doubts=doubts) for _ in range(2))
+    assert share_drafted(chooser, 1000, easy) > 0.97
+    assert share_drafted(chooser, 400, hard) < 0.6
+    share_drafted(chooser, 250, easy)
+    assert share_drafted(chooser, 250, easy) > 0.9
+    assert share_drafted(worthless, 3000, hard) < 0.05
 
 
 def test_a_trace_holds_the_targets_rows_and_features(K=3):
