@@ -364,7 +364,7 @@ def arguments(argv):
     group.add_argument("--estimator", choices=ESTIMATORS, default="log", help="a rung of the ladder that python rl.py shows, from the biased textbook to Aurora's KL; each learns from either side")
     group.add_argument("--target-side", type=float, default=1.0, metavar="SHARE", help="of the loss of rounds that drafted that comes from the target's own tokens, 0 to 1; that of plain rounds always does")
     group.add_argument("--lr", type=float, default=argparse.SUPPRESS, help="of Muon (default: 0.03 for a scratch draft, 0.02 for a trained one)")
-    group.add_argument("--learn-every", type=int, default=argparse.SUPPRESS, metavar="TOKENS", help="of answers, per step of the optimizer; 0: a step an answer (default: 64 for a scratch draft, 256 for a trained one)")
+    group.add_argument("--learn-every", type=int, default=argparse.SUPPRESS, metavar="TOKENS", help="of answers, per step of the optimizer; 0: a step an answer (default: 96 for a scratch draft, 256 for a trained one)")
     group.add_argument("--reservoir", type=int, default=32, metavar="N", help="older requests that are kept in mind beside the last 32; 0 is none")
     group.add_argument("--gate", action=argparse.BooleanOptionalAction, default=True, help="learn only while it shows on new answers; serve what is ahead there, take back what gains nothing, and rest for 64 to 512 answers")
     group.add_argument("--publish-every", type=int, default=1, metavar="M", help="updates per served version")
@@ -387,7 +387,7 @@ def arguments(argv):
     args = parser.parse_args(argv)
     scratch = args.draft == "scratch"
     dtype = "bfloat16" if args.compile and fast_bfloat16() else "float32"
-    args = argparse.Namespace(**{"learn_every": 64 if scratch else 256, "lr": 0.03 if scratch else 0.02, "dtype": dtype} | vars(args))
+    args = argparse.Namespace(**{"learn_every": 96 if scratch else 256, "lr": 0.03 if scratch else 0.02, "dtype": dtype} | vars(args))
     if (args.compile or args.profile) and torch.device(args.device).type != "cpu":
         parser.error("--compile and --profile are for --device cpu")
     for name, low in (("requests", 1), ("max_new_tokens", 1), ("learn_every", 0), ("publish_every", 1), ("held_out", 0), ("reservoir", 0), ("threads", 0), ("top_k", 0), ("draft_vocab", 0)):
