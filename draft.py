@@ -22,6 +22,7 @@ Letters: B batch rows, T tokens, K drafted tokens a round, R round starts, V voc
 
 import copy
 from dataclasses import replace
+from itertools import zip_longest
 
 import torch
 from torch import nn
@@ -29,8 +30,8 @@ from torch import nn
 from model import MLP, Attention, Cache, RMSNorm, Transformer, UserError, add_tables, attend, fill, load, rope_and_mask
 
 
-def add(counts, memory, kept, tested):
-    """Adds to [acceptances, tests], of which so much is remembered."""
+def count(counts, memory, kept, tested):
+    """Adds to [acceptances, tests], after so much of them was remembered."""
     counts[:] = memory * counts[0] + kept, memory * counts[1] + tested
 
 
@@ -60,7 +61,7 @@ class DraftLength:
 
         (1 + sum_{k<=K} S_k) / seconds(K),     S_k = prod_{j<=k} a_j,
 
-    where a_j is how often place j was accepted when it was put to the test, of late, or ever, where it was not of late: hard
+    where a_j is how often place j was accepted when it was put to the test, of late or, where it was not of late, before: hard
     text ends some time.  K = 0 is plain decoding.
 
     A draft that `doubts` tells for every token how probable it held it, and what it doubts is seldom kept.  If drafting pays
@@ -77,7 +78,7 @@ class DraftLength:
     seconds: measured, of a round with K = 0, 1, .. longest drafted tokens.  Where nothing pays, a round still probes now and
     then: with K = 1 or, of a draft that doubts, as long as it is sure.  What it takes longer than a plain one, by these, is at
     most `probing` of all the time; on top of that the draft has to read what was said since the last probe, which is about
-    twice as much again."""
+    twice as much again.  A draft that was good before text became too hard for it tries more often, until that is long ago."""
 
     def __init__(self, seconds, doubts=False, probing=0.005, hope=0.7):
         self.longest, self.seconds, self.probing, self.hope = len(seconds) - 1, seconds, probing, hope
@@ -139,16 +140,16 @@ class DraftLength:
             self.took = 0.99 * self.took + (self.seconds[K] if K else 0)
             for j, (usual, late) in enumerate(zip(self.usual, self.late)):
                 reached = j < min(n + 1, K)
-                add(late, 0.99 if reached else 0.95, j < n, reached)  # what is not looked at any more is sooner worth another look
-                add(usual, 0.998 if reached else 1.0, j < n, reached)
+                count(late, 0.95 if K and not reached else 0.99, j < n, reached)  # what is not looked at is sooner worth another look
+                count(usual, 0.998 if reached else 1.0, j < n, reached)
 
     def trust(self, acceptance, tests=10.0):
         """The draft has become another one, whose places the learner estimates, on one answer, to be kept so often: that is as
         good as so many tests, and what was seen of the draft before it counts less."""
         self.made, self.took = 0.7 * self.made, 0.7 * self.took
-        for usual, late, a in zip(self.usual, self.late, acceptance):
-            add(usual, 0.8, tests * a, tests)
-            add(late, 0.7, 0.0, 0.0)
+        for usual, late, a in zip_longest(self.usual, self.late, acceptance[: self.longest]):
+            count(usual, 0.8, *((0, 0) if a is None else (tests * a, tests)))
+            count(late, 0.7, 0, 0)
 
     def __str__(self):
         ratios = " ".join(f"{t / self.seconds[0]:.2f}" for t in self.seconds[1:])

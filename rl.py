@@ -385,7 +385,6 @@ class Learner:
 
         Raises UserError when a gradient is not finite or the weights have exploded."""
         begun, outcome = time.perf_counter(), {}
-        torch.set_flush_denormal(True)  # of this thread: numbers under 1e-38, of what a draft is sure not to say, take a CPU far longer
         if self.gate:
             outcome["verdict"] = self.judge(trace)
         if outcome.get("verdict") not in ("rests", "nothing gained"):

@@ -143,7 +143,7 @@ class Study:
             except BrokenExecutor:
                 raise UserError(DIED) from None
         else:
-            self.core = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=[torch.get_num_threads()])
+            self.core = ThreadPoolExecutor(1, initializer=settle, initargs=[torch.get_num_threads()])
 
     def begin(self, trace=None, line=None):
         """line: the answer's, in the journal.  Without a trace there is nothing to do."""
@@ -182,11 +182,18 @@ def study(learner, trace, every):
     return outcome, (learner.publish(), learner.version, learner.acceptance) if due else None
 
 
+def settle(threads):
+    """What the thread that learns has of its own."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # numbers under 1e-38, of what a draft is sure not to say, take a processor far longer
+
+
 def arrive(make, argument):
     """Where the other process begins; what it works with is `there`."""
     global there
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that serves
     there = make(argument)
+    settle(torch.get_num_threads())
 
 
 def study_apart(fields, every):
