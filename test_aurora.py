@@ -650,6 +650,8 @@ def test_the_learners_estimate_fills_in_where_rounds_did_not_look():
     assert chooser.late[0] == pytest.approx([0.7 * kept, 0.7 * seen]) and chooser.usual[1] == pytest.approx([6, 10])
     chooser.trust([0.1, 0.2, 0.5])
     assert chooser.usual[1] == pytest.approx([0.8 * 6 + 2, 18]) and 0.3 < chooser.survival()[0] < 1
+    chooser.trust([0.1])  # what it does not estimate is forgotten all the same
+    assert chooser.usual[1] == pytest.approx([0.8 * (0.8 * 6 + 2), 0.8 * 18]) and chooser.late[1] == [0, 0]
     for _ in range(30):
         chooser.trust([0.1, 0.6, 0.5])
     assert chooser.survival()[0] == pytest.approx((50 * 0.1 + 5 * 0.7) / (50 + 5), rel=0.02)  # what it says, and a little hope
