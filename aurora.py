@@ -35,7 +35,7 @@ from draft import Chain, Draft, DraftLength, FixedLength, NGram, load_draft, twi
 from model import Bytes, UserError, by_columns, fast_bfloat16, load_target
 from pretrain import CLASSES, texts_of
 from rl import ESTIMATORS, Learner, Trace, acceptance_on, expected_length
-from serve import LONGEST, Generation, Request, compile_forwards, generate, print_profile, print_sweep, rounds, seconds_per_round, slots_for
+from serve import LONGEST, Generation, Request, compile_forwards, decode, generate, print_profile, print_sweep, seconds_per_round, slots_for
 from verify import NoDistribution, kernel
 from versions import DIED, Study, load_learner, save_learner
 
@@ -79,7 +79,7 @@ def draft_lengths(target, online, static, args):
     for draft in filter(None, (online, static)):
         if alike(draft, args) not in costs:
             costs[alike(draft, args)] = seconds_per_round(target, draft, args.temperature)
-    return {arm: DraftLength(costs[alike(draft, args)], doubts=isinstance(draft, Chain)) for arm, draft in (("static", static), ("online", online)) if draft}
+    return {arm: DraftLength(costs[alike(draft, args)], stops_early=isinstance(draft, Chain)) for arm, draft in (("static", static), ("online", online)) if draft}
 
 
 def alike(draft, args):
@@ -119,7 +119,7 @@ def examination(target, requests):
     """-> a function that examines a draft: {class: tokens a round to expect of it}, on answers that the target gives now
     to `requests`, which nobody learns from.  The answers stay the same, so all that moves is the draft."""
     generation = Generation(target, None, requests, 0)
-    for _ in tqdm(rounds(generation, FixedLength(0)), desc="held-out answers", total=requests[0].max_new_tokens, leave=False, disable=None, delay=1):
+    for _ in tqdm(decode(generation, FixedLength(0)), desc="held-out answers", total=requests[0].max_new_tokens, leave=False, disable=None, delay=1):
         pass
     answers = {}
     for b, request in enumerate(requests):
@@ -564,13 +564,17 @@ def new_learner(draft, state, args):
     learner = Learner(draft, args.estimator, args.lr, args.target_side, args.learn_every, min(4, longest), reservoir=args.reservoir,
                       horizon=max(1, AVERAGED // (args.learn_every or args.max_new_tokens)), scratch=args.draft == "scratch",
                       gate=args.gate or args.no_learn, seed=args.seed)
-    learner.restore(state)
+    try:
+        learner.restore(state)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"the learner's state beside {args.draft} is another version's ({error}): delete its .learner.pt to go on from the "
+                        "draft alone") from None
     return learner
 
 
 def learner_apart(args):
     """Where another process begins to learn for this one -> its learner, and what makes a trace of what it is sent."""
-    os.environ["AURORA_KERNEL"] = "reference"  # nothing is accepted there
+    os.environ["AURORA_KERNEL"], args.compare = "reference", False  # nothing is accepted there, and no static draft serves
     target, _, draft, _, state = load_models(args)
     return new_learner(draft, state, args), lambda fields: Trace(**fields | {"head": target.logits})
 
@@ -623,7 +627,7 @@ def stream(target, tokenizer, draft, request, args):
     put, end = tokenizer.stream()
     begun, left = time.perf_counter(), request.max_new_tokens
     generation = Generation(target, draft, [request], draft_length.longest)
-    for ((kept, own),) in rounds(generation, draft_length):
+    for ((kept, own),) in decode(generation, draft_length):
         for token, colour in [(t, colours[0]) for t in kept] + [(own, colours[1])]:
             if left > 0:
                 print(colour + put(token), end=colours[2], flush=True)
@@ -666,7 +670,7 @@ def main(argv=None):
     requests = make_requests(pairs or built_in_prompts(args), args, tokenizer, context)
     held_out = examined_requests(args, tokenizer, context) if args.held_out and not pairs and all(hasattr(d, "replay") for d in (draft, static) if d) else []
     served = twin(draft)
-    learning = None if args.no_learn and not (args.save or args.export) else served
+    learning = None if args.no_learn else served
     for serves in (m for m in (served, static) if args.compile and m):
         serves.to(target.lm_head.weight.dtype)
     for serves in (m for m in (target, served, static) if m and is_small(target) and args.device == "cpu" and not args.compile):
@@ -692,10 +696,10 @@ def main(argv=None):
         trouble = UserError(DIED)
     except Exception as error:  # raised again below, when what was served is safe
         trouble = error
-    whole = study.leave()
+    whole = study.close()
     journal.close()
     journal.print()
-    learned = learner.publish() if whole and not trouble else served.state_dict()  # in trouble, what served last
+    learned = learner.publish() if whole else served.state_dict()  # without the learner, what served last
     if args.save:
         save_learner(args.save, served, learned, learner.version if whole else study.version, learner.state() if whole else None)
     if args.export:

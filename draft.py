@@ -1,8 +1,8 @@
 """The drafts: what guesses the target's next K tokens.  An EAGLE-3 head, a small language model, or prompt lookup.
 
 All have one interface.  `feature_layers` is what a draft asks of the target (none: the tokens alone); new_cache(B, S) is
-its memory of B requests; propose() drafts; replay() computes the logits of many rounds anew, with gradient; `vocabulary`
-holds the ids that it can say, None for all.  How many tokens to draft is DraftLength's to say.
+its memory of B requests; propose() drafts; `vocabulary` holds the ids that it can say, None for all.  Those that can learn
+also replay(): the logits of many rounds anew, with gradient.  How many tokens to draft is DraftLength's to say.
 
 The EAGLE-3 head (Li et al. 2503.01840), `Draft`, is the one that this project is about.  It reads three of the target's
 hidden states, so it starts from what the target already knows.  They are fused into one vector g, put beside the embedding
@@ -30,21 +30,24 @@ from torch import nn
 from model import MLP, Attention, Cache, RMSNorm, Transformer, UserError, add_tables, attend, fill, load, rope_and_mask
 
 
-def count(counts, memory, kept, tested):
+PRIOR = 0.7  # acceptance of a place of which nothing is known
+PROBING = 0.005  # of the last thousand rounds' time: what probing may add to it
+BONUS, BONUS_ROUNDS = 1.2, 20  # chains that stop early are taken to make a fifth more than the best fixed length, as if seen so often
+
+
+def decay_and_add(counts, memory, accepted, tested):
     """Adds to [acceptances, tests], after so much of them was remembered."""
-    counts[:] = memory * counts[0] + kept, memory * counts[1] + tested
+    counts[:] = memory * counts[0] + accepted, memory * counts[1] + tested
 
 
 class FixedLength:
     """Always draft K tokens."""
 
-    enough = None
-
     def __init__(self, K):
         self.longest = K
 
     def choose(self):
-        return self.longest
+        return self.longest, None
 
     def observe(self, drafted, accepted, seconds):
         pass
@@ -57,42 +60,35 @@ class FixedLength:
 
 
 class DraftLength:
-    """How many tokens to draft: before every round the K in 0..longest that promises the most tokens per second,
+    """Chooses how many tokens to draft, for the most tokens per second.
 
-        (1 + sum_{k<=K} S_k) / seconds(K),     S_k = prod_{j<=k} a_j,
+    a_j is a running estimate of how often place j of a chain is accepted, given that those before it were; S_k = a_1 .. a_k.
+    With K drafted tokens a round yields (1 + S_1 + .. + S_K) / seconds[K] tokens a second; K = 0 is plain decoding.
+    seconds: measured, of a round with K = 0, 1, .. longest drafted tokens.
 
-    where a_j is how often place j was accepted when it was put to the test, of late or, where it was not of late, before: hard
-    text ends some time.  K = 0 is plain decoding.
+    A draft that `stops_early` knows the probability of every token that it drew, and what it doubts is seldom accepted.
+    After k tokens that have probability c together (its confidence), going on to m > k of them adds c (S_{k+1} + .. + S_m) / S_k
+    tokens to expect and takes seconds[m] - seconds[k].  It stops when no m is worth its time at the rate, in tokens per
+    second, of recent rounds that drafted.  That rate, which begins as an optimistic guess (`drafting`), also says whether
+    drafting pays at all.  Either way is lossless, since whether a place is drafted depends on the tokens before it alone.
 
-    A draft that `doubts` tells for every token how probable it held it, and what it doubts is seldom kept.  If drafting pays
-    at all, its chains go on as long as that does.  After k tokens, to which it gave the probability c together, going on to
-    m > k of them promises c sum_{k<i<=m} S_i / S_k tokens more and costs seconds(m) - seconds(k).  They are enough if no m
-    gains as much as that time is worth,
+    Where drafting does not pay, a round probes now and then: K = 1 or, of a draft that stops early, as long as it is
+    confident.  By `seconds`, probes add PROBING to the time; what the draft then has to read, all that was said since the last
+    probe, takes about twice as much again.  A place that was hardly tested of late is taken to be as it was in the long run,
+    so that after text that was too hard for it a good draft soon tries again."""
 
-        c sum_{k<i<=m} S_i / S_k  <  rate (seconds(m) - seconds(k)),
-
-    where rate is that of all rounds that draft, as they went of late.  It is above those of fixed lengths, and if it is above
-    that of plain decoding, drafting pays.  All this is as lossless as a fixed length, since whether a place is drafted depends
-    on the tokens before it alone.
-
-    seconds: measured, of a round with K = 0, 1, .. longest drafted tokens.  Where nothing pays, a round still probes now and
-    then: with K = 1 or, of a draft that doubts, as long as it is sure.  What it takes longer than a plain one, by these, is at
-    most `probing` of all the time; on top of that the draft has to read what was said since the last probe, which is about
-    twice as much again.  A draft that was good before text became too hard for it tries more often, until that is long ago."""
-
-    def __init__(self, seconds, doubts=False, probing=0.005, hope=0.7):
-        self.longest, self.seconds, self.probing, self.hope = len(seconds) - 1, seconds, probing, hope
-        self.usual, self.late = ([[0.0, 0.0] for _ in range(self.longest)] for _ in range(2))  # each place's acceptances and tests
-        self.made = self.took = 0.0  # tokens and seconds of rounds that drafted, old ones fading
-        self.spent = self.probed = 0.0
-        self.enough = self.in_doubt if doubts else None
+    def __init__(self, seconds, stops_early=False):
+        self.longest, self.seconds, self.stops_early, self.pays = len(seconds) - 1, seconds, stops_early, True
+        self.long_run, self.recent = ([[0.0, 0.0] for _ in range(self.longest)] for _ in range(2))  # acceptances and tests of each place
+        self.recent_tokens = self.recent_seconds = 0.0  # of rounds that drafted
+        self.spent = self.probed = 0.0  # seconds of all rounds; of those, what probing added
 
     def survival(self):
-        """S_1, S_2, ..; a place that was hardly reached of late is as usual, and one that never was like the one before it."""
-        a, S, out = self.hope, 1.0, []
-        for place in zip(self.usual, self.late):
-            for kept, tested in place:
-                a = (kept + 5 * a) / (tested + 5)
+        """S_1, S_2, ..; a place that was hardly reached of late is as in the long run, and one that never was like the one before it."""
+        a, S, out = PRIOR, 1.0, []
+        for place in zip(self.long_run, self.recent):
+            for accepted, tested in place:
+                a = (accepted + 5 * a) / (tested + 5)
             S *= a
             out.append(S)
         return out
@@ -102,54 +98,48 @@ class DraftLength:
         S = self.survival()
         return [(1 + sum(S[:K])) / t for K, t in enumerate(self.seconds)]
 
-    def drafting(self, rates, bonus=1.2, rounds=20):
-        """Tokens per second to expect of rounds that draft.  For a draft that doubts this is what they made, and, as if of so
-        many rounds more, what the best fixed length promises, and a fifth on top: its end is to make more than that."""
+    def drafting(self, rates):
+        """Tokens per second to expect of rounds that draft: what they made of late and, as BONUS_ROUNDS more, BONUS times what the
+        best fixed length promises, which is what stopping early should beat."""
         K = max(range(1, self.longest + 1), key=rates.__getitem__)
-        if not self.enough:
+        if not self.stops_early:
             return rates[K]
-        took = rounds * self.seconds[K]
-        return (bonus * rates[K] * took + self.made) / (took + self.took)
+        guessed = BONUS_ROUNDS * self.seconds[K]
+        return (BONUS * rates[K] * guessed + self.recent_tokens) / (guessed + self.recent_seconds)
 
     def choose(self):
-        """The most tokens that the next round may draft."""
+        """-> the most tokens that the next round may draft; and if it may stop early the confidence, after 1, 2, .. tokens, below
+        which it does, else None."""
         rates = self.rates()
         rate, S, t = self.drafting(rates), self.survival(), self.seconds
-        pays = rate > rates[0]
-        if not pays and self.probed >= self.probing * self.spent:
-            return 0
-        if not self.enough:
-            return rates.index(rate) if pays else 1
+        self.pays = rate > rates[0]
+        if not self.pays and self.probed >= PROBING * self.spent:
+            return 0, None
+        if not self.stops_early:
+            return rates.index(rate) if self.pays else 1, None
         rate = max(rate, rates[0])
-        self.worth = [min(rate * (t[m] - t[k]) * S[k - 1] / sum(S[k:m]) for m in range(k + 1, self.longest + 1))
-                      for k in range(1, self.longest)]  # after k tokens: how certain they must be
-        return self.longest
-
-    def in_doubt(self, k, certainty):
-        """Are k drafted tokens enough, by the probability (B, 1) that the draft gave them together?"""
-        return certainty < self.worth[k - 1]
+        return self.longest, [min(rate * (t[m] - t[k]) * S[k - 1] / sum(S[k:m]) for m in range(k + 1, self.longest + 1))
+                              for k in range(1, self.longest)]
 
     def observe(self, drafted, accepted, seconds):
-        """A round took `seconds`; of each row, how many tokens it drafted and how many of them were kept."""
-        rates = self.rates()
-        if max(drafted) and self.drafting(rates) <= rates[0]:
-            self.probed += seconds * max(0.0, 1 - self.seconds[0] / self.seconds[max(drafted)])  # a share: machines change their speed
-        self.spent += seconds
+        """A round took `seconds`; of each row, how many tokens it drafted and how many of them were accepted."""
+        added = 0.0 if self.pays else max(0.0, 1 - self.seconds[0] / self.seconds[max(drafted)])  # a share: machines change their speed
+        self.spent, self.probed = 0.999 * self.spent + seconds, 0.999 * self.probed + seconds * added
         for K, n in zip(drafted, accepted):
-            self.made = 0.99 * self.made + (n + 1 if K else 0)  # forgotten with every round, drafted or not: text changes
-            self.took = 0.99 * self.took + (self.seconds[K] if K else 0)
-            for j, (usual, late) in enumerate(zip(self.usual, self.late)):
-                reached = j < min(n + 1, K)
-                count(late, 0.95 if K and not reached else 0.99, j < n, reached)  # what is not looked at is sooner worth another look
-                count(usual, 0.998 if reached else 1.0, j < n, reached)
+            self.recent_tokens = 0.99 * self.recent_tokens + (n + 1 if K else 0)  # forgotten with every round, drafted or not: text changes
+            self.recent_seconds = 0.99 * self.recent_seconds + (self.seconds[K] if K else 0)
+            for j, (long_run, recent) in enumerate(zip(self.long_run, self.recent)):
+                tested = j < min(n + 1, K)
+                decay_and_add(recent, 0.95 if K and not tested else 0.99, j < n, tested)  # what is not tested is sooner worth another test
+                decay_and_add(long_run, 0.998 if tested else 1.0, j < n, tested)
 
     def trust(self, acceptance, tests=10.0):
-        """The draft has become another one, whose places the learner estimates, on one answer, to be kept so often: that is as
-        good as so many tests, and what was seen of the draft before it counts less."""
-        self.made, self.took = 0.7 * self.made, 0.7 * self.took
-        for usual, late, a in zip_longest(self.usual, self.late, acceptance[: self.longest]):
-            count(usual, 0.8, *((0, 0) if a is None else (tests * a, tests)))
-            count(late, 0.7, 0, 0)
+        """Another draft serves, whose places the learner estimates, on one answer, to be accepted so often: that is as good as so
+        many tests, and what was seen of the draft before it counts less."""
+        self.recent_tokens, self.recent_seconds = 0.7 * self.recent_tokens, 0.7 * self.recent_seconds
+        for long_run, recent, a in zip_longest(self.long_run, self.recent, acceptance[: self.longest]):
+            decay_and_add(long_run, 0.8, *((0, 0) if a is None else (tests * a, tests)))
+            decay_and_add(recent, 0.7, 0, 0)
 
     def __str__(self):
         ratios = " ".join(f"{t / self.seconds[0]:.2f}" for t in self.seconds[1:])
@@ -174,7 +164,10 @@ class Midlayer(nn.Module):
 
 
 class Chain:
-    """Drafts one token after the other, for drafts that can `read` and `extend`; they have a config and a vocabulary."""
+    """Drafts one token after the other, for drafts that can `read` and `extend`; they have a config and a vocabulary.
+
+    `begin` and `go_on` are `read` and `extend` and the draw of a token, so that one compiled graph holds both
+    (serve.compile_forwards)."""
 
     def begin(self, features, ids, positions, cache, last, coins, sampling):
         """The first token of a round -> h (B, 1, D), and of `draw`: logits (B, 1, V), token and its log-probability (B, 1)."""
@@ -191,30 +184,30 @@ class Chain:
         return logits, token if self.vocabulary is None else self.vocabulary[token], logprob
 
     @torch.no_grad()
-    def propose(self, features, ids, positions, last, coins, sampling, cache, enough=None):
+    def propose(self, features, ids, positions, last, coins, sampling, cache, min_confidence=None):
         """Draft K tokens for every row, or fewer.
 
         features (B, T, 3D), ids (B, T), positions (B, T): what the target has read since the last round, each
             position with the token that follows it.  They overwrite what the draft had put there from its own
             guesses.  Row b's true entries are 0..last[b]; what comes after is padding and is written over.
         coins (B, K) float64, one uniform per drafted token; sampling: verify.Sampling of these rows.
-        enough(k, certainty): which rows (B, 1) stop after k tokens, given the probability that they have together; -1 pads
-            the rows that stop before others do.
+        min_confidence: K-1 numbers; a row stops after k tokens if the draft gives them together less than the kth of these for a
+            probability; -1 pads the rows that stop before others do.  None: no row stops.
         Returns draft_tokens (B, K) int64, draft_logits (B, K, V), exactly what they were drawn from: -inf where top-k and
         top-p cut, and at the ids that the draft cannot say, and the tokens' log-probabilities (B, K) float32.
         """
         h, *step = self.begin(features, ids, positions, cache, last, coins[:, :1], sampling)
-        steps, position, certainty = [step], positions.gather(1, last[:, None]), 1.0
+        steps, position, confidence = [step], positions.gather(1, last[:, None]), 1.0
         stopped = torch.zeros_like(step[1], dtype=torch.bool)
         for k in range(1, coins.shape[1]):
-            if enough:
-                certainty = certainty * sampling.certainty(step[0], step[2])
-                stopped = stopped | enough(k, certainty)
+            if min_confidence:
+                confidence = confidence * sampling.confidence(step[0], step[2])
+                stopped = stopped | (confidence < min_confidence[k - 1])
                 if stopped.all():
                     break
             h, *step = self.go_on(h, step[1], position + k, cache, coins[:, k : k + 1], sampling)
             logits, token, logprob = step
-            steps.append([logits, token.masked_fill(stopped, -1), logprob.masked_fill(stopped, 0.0)] if enough else step)
+            steps.append([logits, token.masked_fill(stopped, -1), logprob.masked_fill(stopped, 0.0)] if min_confidence else step)
         logits, tokens, logprobs = (torch.cat(x, dim=1) for x in zip(*steps))
         if self.vocabulary is not None:
             everything = logits.new_full((*tokens.shape, self.config.vocab_size), float("-inf"))
@@ -343,7 +336,7 @@ class SmallModel(Chain, Transformer):
 
     def read(self, features, ids, positions, cache, last):
         """As Draft.read; features (B, T, 1) are the tokens at `positions`, ids those that follow them."""
-        ids = torch.cat([features[:, :1, 0], ids], dim=1)  # the first of them is read a second time, but for the prompt's
+        ids = torch.cat([features[:, :1, 0], ids], dim=1)  # the first of them was read before, unless it begins the prompt: no harm
         hidden, _ = self(ids, torch.cat([positions[:, :1], positions + 1], dim=1), cache)
         h = hidden[cache.rows[:, 0], last + 1][:, None]
         return h, self.logits(h)
@@ -386,12 +379,15 @@ class NGram(nn.Module):
     def new_cache(self, batch, length):
         return torch.zeros(batch, length, dtype=torch.int64)  # the text, token by token
 
-    def propose(self, features, ids, positions, last, coins, sampling, cache, enough=None):
-        """As Chain.propose, but outright: no logits, and a log-probability of 0; -1 where nothing was found.  It has no doubts."""
+    def propose(self, features, ids, positions, last, coins, sampling, cache, min_confidence=None):
+        """As Chain.propose, but outright: no logits, and a log-probability of 0; -1 where nothing was found, no tokens if no row
+        found any.  min_confidence is not read."""
         cache[torch.arange(len(ids))[:, None], positions.cpu() + 1] = ids.cpu()
         ends = positions.gather(1, last[:, None])[:, 0].tolist()
         found = [self.lookup(text[1 : end + 2], coins.shape[1]) for text, end in zip(cache, ends)]
         tokens = torch.stack(found).to(ids.device)
+        if (tokens < 0).all():
+            tokens = tokens[:, :0]  # plain decoding
         return tokens, None, torch.zeros(tokens.shape, device=ids.device)
 
     def lookup(self, text, K):

@@ -28,8 +28,8 @@ With alpha_j = sum_v min(p_j, q_j), the overlap, which is the probability that a
 = 0, so b * (q / behaviour) grad log q may be subtracted at every token, as long as b depends on those before it alone.
 log is the default: its gradient is 1/alpha larger where grad alpha vanishes, and it ended highest in the README's experiment.
 
-All of it is conditional on where rounds start, and on the rule by which the draft's doubts end their chains
-(draft.DraftLength); that the draft also moves the starts, and its own doubts, is ignored.
+All of it is conditional on where rounds start, and on the rule by which the draft's confidence ends their chains
+(draft.DraftLength); that the draft also moves the starts, and its confidence, is ignored.
 
 Letters: R rounds, K drafted tokens a round, V vocabulary, T tokens of a sequence.
 """
@@ -74,15 +74,17 @@ def _chain(draft_logits, target_logits, tokens, temperature, behaviour_logprobs)
 
     a        min(p, q)(x) / behaviour(x)         alpha  sum_v min(p, q), the overlap
     ratio    q(x) / behaviour(x)                 below  sum over v with q < p of q: how often the indicator holds
-    `behaviour_logprobs` "draft": drawn from q itself; "target": drawn from p; else log-probabilities (R, K)."""
+    `behaviour_logprobs` None: drawn from q itself; "target": drawn from p; else log-probabilities (R, K)."""
     log_q, target_p = _log_distributions(draft_logits, target_logits, temperature)
     draft_q = log_q.exp()
     smaller = torch.where(draft_q < target_p, draft_q, target_p)  # min, with the gradient on q alone where q < p
     real = tokens >= 0
     ids = tokens.clamp(min=0)[..., None]
     p, q, least = (x.gather(-1, ids).squeeze(-1) for x in (target_p, draft_q, smaller))
-    if isinstance(behaviour_logprobs, str):
-        behaviour = p if behaviour_logprobs == "target" else q.detach() if temperature > 0 else torch.ones_like(p)
+    if behaviour_logprobs is None:
+        behaviour = q.detach() if temperature > 0 else torch.ones_like(p)
+    elif isinstance(behaviour_logprobs, str):
+        behaviour = p
     else:
         behaviour = behaviour_logprobs.detach().to(p.dtype).exp()
     behaviour = torch.where(real & (behaviour > 0), behaviour, 1.0)  # 0 can only be rounding: the token was drawn
@@ -97,14 +99,14 @@ def _exclusive_cumprod(a):
 
 
 def policy_gradient_loss(draft_logits, target_logits, draft_tokens, temperature=1.0, estimator="log", behaviour_logprobs=None):
-    """Loss whose negated gradient is the estimator's: an estimate of grad L, or of the gradient of another utility.
+    """A loss whose gradient is minus the chosen estimator's.
 
     draft_logits (R, K, V) with gradient; target_logits (R, K, V), rows 0..K-1 of the rounds; draft_tokens (R, K) int64, -1
     pads; behaviour_logprobs (R, K): their log-probabilities when they were drawn, None if they come from the draft as it
     is now (on-policy), "target" if from the target.  temperature: float, the one that served.
     Returns a scalar, the mean over rounds.  At temperature > 0 `reinforce` and `expected` are unbiased from R = 1 on,
-    whoever drew the tokens; the textbook's gradient comes with the same importance ratio, so its bias is the same
-    too; `log` weighs by it, and `kl` takes the tokens as they come.
+    whoever drew the tokens, if it could have drawn all that both p and q allow; the textbook's gradient comes with the
+    same importance ratio, so its bias is the same too; `log` weighs by it, and `kl` takes the tokens as they come.
     At temperature 0 the draft proposed its argmax, which is no draw: q is learned at temperature 1 along the path that
     was proposed, each token with behaviour 1, exact as far as that path is the target's own.
     Raises ValueError for an unknown estimator."""
@@ -112,8 +114,7 @@ def policy_gradient_loss(draft_logits, target_logits, draft_tokens, temperature=
         raise ValueError(f"unknown estimator {estimator!r}: expected one of {', '.join(ESTIMATORS)}")
     if estimator == "kl":
         return forward_kl_loss(draft_logits, target_logits, temperature, draft_tokens >= 0)
-    behaviour = "draft" if behaviour_logprobs is None else behaviour_logprobs
-    a, alpha, ratio, below = _chain(draft_logits, target_logits, draft_tokens, temperature, behaviour)
+    a, alpha, ratio, below = _chain(draft_logits, target_logits, draft_tokens, temperature, behaviour_logprobs)
     before = _exclusive_cumprod(a)  # S_{<i}
     if estimator == "reinforce_textbook":
         score = ratio / ratio.detach().clamp(min=1e-30)  # 1, with the gradient of log q wherever q is
@@ -124,7 +125,7 @@ def policy_gradient_loss(draft_logits, target_logits, draft_tokens, temperature=
         utility = before * alpha
     else:
         utility = before.detach() * torch.where(alpha > 0, alpha.clamp(min=1e-9), 1.0).log()
-    if estimator in ("reinforce", "expected") and behaviour != "target" and temperature > 0:
+    if estimator in ("reinforce", "expected") and not isinstance(behaviour_logprobs, str) and temperature > 0:
         # The baseline guesses what x_i is worth from what stands before it: if the overlap stayed as it is here, the
         # chain would go on for alpha + alpha^2 + ... tokens; `expected` counts from the token after x_i.  The target's
         # tokens get none: q / p has no bound, and where p is cut the mean is not 0.
@@ -155,17 +156,17 @@ def forward_kl_loss(draft_logits, target_logits, temperature=1.0, real=None):
 
 
 @torch.no_grad()
-def acceptance(draft_logits, target_logits, tokens, temperature=1.0, behaviour_logprobs="target"):
+def acceptance(draft_logits, target_logits, target_tokens, temperature=1.0):
     """The overlap at each place of the chain given that the chain gets there, as far as any token is no pad: (K,) or less.
-    1 + the sum of its cumulative product is the acceptance length to expect.  Arguments as above; "target": tokens drawn
-    from the target.  At temperature 0, where both take their argmax, the share of places at which it is the same."""
-    real = tokens >= 0
+    1 + the sum of its cumulative product is the acceptance length to expect.  Arguments as in target_side_loss.  At
+    temperature 0, where both take their argmax, the share of places at which it is the same."""
+    real = target_tokens >= 0
     if temperature == 0:
         own = target_logits.argmax(-1)
         alpha = ((draft_logits.argmax(-1) == own) & real).float()
-        a = alpha * (tokens == own)  # a chain goes on as far as its tokens are the target's
+        a = alpha * (target_tokens == own)  # a chain goes on as far as its tokens are the target's
     else:
-        a, alpha, _, _ = _chain(draft_logits, target_logits, tokens, temperature, behaviour_logprobs)
+        a, alpha, _, _ = _chain(draft_logits, target_logits, target_tokens, temperature, "target")
     before = (_exclusive_cumprod(a) * real)[:, real.any(0)]
     return (before * alpha[:, real.any(0)]).sum(0) / before.sum(0).clamp(min=1e-9)
 
@@ -188,12 +189,6 @@ class Trace:
     top_p: float = 1.0
     top_k: int = 0
 
-    @property
-    @torch.no_grad()
-    def target_logits(self):
-        """The target's rows (R, K+1, V), before top-k and top-p."""
-        return self.head(self.target_hidden)
-
     def drafted(self):
         """(R,) bool: the rounds that drafted at all; the others were plain decoding."""
         return (self.draft_tokens >= 0).any(1)
@@ -203,15 +198,12 @@ class Trace:
         row = torch.arange(self.target_hidden.shape[1])
         return self.target_hidden[row <= self.num_accepted.cpu()[:, None]]
 
-    @torch.no_grad()
-    def answer_logits(self):
-        return self.head(self.answer_hidden())
-
 
 # Top-k and top-p cut the target and the draft before acceptance, and the law of acceptance is that of what is left.  For
 # the draft with gradient one thing is different: an id that its own cut dropped, but the target's kept, is given back to
 # it.  Its probability would be 0 with no gradient, so it could hardly return, and a random draft, whose cut hardly meets the
-# target's, hardly learns.  Wherever the draft's cut keeps all that the target's keeps, the gradient is that of the law that served.
+# target's, hardly learns.  Wherever the draft's cut keeps all that the target's keeps, the gradient is that of the law that
+# served; elsewhere it is biased, since the draft could not have drawn what it is given back.
 
 
 def replaying(device):
@@ -229,11 +221,11 @@ def target_rows(draft, trace, hidden, tokens):
 
     A draft with V_draft ids of its own gets V_draft + 1 columns, the last one for all the others together: after softmax
     the target's probabilities on the draft's ids are as large as before."""
-    vocabulary, T, law = draft.vocabulary, trace.temperature, _law(trace, hidden.device)
+    vocabulary, T, sampling = draft.vocabulary, trace.temperature, _sampling(trace, hidden.device)
     rows = []
     for part in hidden.split(64):  # V numbers a row are not kept if the draft has fewer
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = law.filter(trace.head(part))
+            logits = sampling.filter(trace.head(part))
         if vocabulary is not None:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             others = logits.index_fill(-1, vocabulary, float("-inf"))
@@ -248,15 +240,15 @@ def target_rows(draft, trace, hidden, tokens):
 
 
 def draft_rows(draft_logits, target_logits, trace):
-    """The draft's logits (R, K, V) as they served, but nothing that the target kept is cut."""
-    law = _law(trace, draft_logits.device)
-    if not law.cuts:
+    """The draft's logits (R, K, V) to learn from: as they served, but nothing that the target kept is cut."""
+    sampling = _sampling(trace, draft_logits.device)
+    if not sampling.cuts:
         return draft_logits
-    cut = law.filter(draft_logits.detach()).isneginf() & target_logits.isneginf()
+    cut = sampling.filter(draft_logits.detach()).isneginf() & target_logits.isneginf()
     return draft_logits.masked_fill(cut, float("-inf"))
 
 
-def _law(trace, device):
+def _sampling(trace, device):
     return Sampling([(trace.temperature, trace.top_p, trace.top_k)], device)
 
 
@@ -271,8 +263,8 @@ def replay_answer(draft, trace, K, places=None):
     """As if a round had started at every answer token, or at `places` (R,) of the answer, and the target's own tokens had
     been drafted.
 
-    Returns draft logits (R, K, V) with gradient, target logits (R, K, V), tokens (R, K), -1 past the end; both sides as
-    they served, in the draft's vocabulary."""
+    Returns draft logits (R, K, V) with gradient, not cut yet; target logits (R, K, V) as they served; tokens (R, K), -1 past
+    the end; all in the draft's vocabulary."""
     answer = trace.ids[trace.prompt_length :]
     rows, own = target_rows(draft, trace, trace.answer_hidden(), answer)
     places = torch.arange(len(answer), device=answer.device) if places is None else places
@@ -280,7 +272,7 @@ def replay_answer(draft, trace, K, places=None):
     beyond, place = place >= len(answer), place.clamp(max=len(answer) - 1)
     starts = places + trace.prompt_length - 2
     logits = draft.replay(trace.features[None], trace.ids[None, 1:], starts[None], answer[place][None, :, :-1])[0]
-    return draft_rows(logits, rows[place], trace), rows[place], own[place].masked_fill(beyond, -1)
+    return logits, rows[place], own[place].masked_fill(beyond, -1)
 
 
 @torch.no_grad()
@@ -289,7 +281,8 @@ def acceptance_on(draft, trace, K, most=96):
     answer = len(trace.ids) - trace.prompt_length
     places = torch.arange(0, answer, -(-answer // most), device=trace.ids.device)
     with replaying(places.device):
-        return acceptance(*replay_answer(draft, trace, K, places), trace.temperature)
+        logits, target_logits, tokens = replay_answer(draft, trace, K, places)
+    return acceptance(_sampling(trace, places.device).filter(logits), target_logits, tokens, trace.temperature)
 
 
 def expected_length(acceptance):
@@ -337,7 +330,7 @@ class Learner:
         once = {id(p): p.detach().clone() for p in self.trained.values()}
         self.average = {name: once[id(p)] for name, p in draft.named_parameters(remove_duplicate=False) if id(p) in once}  # tied: two names
         self.averaged = 0 if scratch else 3 * self.horizon
-        self.recent, self.reservoir, self.size, self.older = deque(maxlen=recent), [], reservoir, 0
+        self.recent, self.reservoir, self.reservoir_size, self.older = deque(maxlen=recent), [], reservoir, 0
         self.updates, self.version, self.unpublished = 0, 0, 0  # newest version; how many updates it lacks
         self.waiting = 0  # tokens that are left over from the last step
         self.generator = torch.Generator().manual_seed(seed)
@@ -365,8 +358,9 @@ class Learner:
                 places = self.some(torch.arange(len(trace.ids) - trace.prompt_length, device=trace.ids.device))
             else:
                 places = self.some(trace.starts[~drafted] + 2 - trace.prompt_length)
-            answer = replay_answer(self.draft, trace, self.chain, places)
-            parts.append((1 - draft_side) * target_side_loss(*answer, T, self.estimator))
+            logits, target_logits, tokens = replay_answer(self.draft, trace, self.chain, places)
+            loss = target_side_loss(draft_rows(logits, target_logits, trace), target_logits, tokens, T, self.estimator)
+            parts.append((1 - draft_side) * loss)
         return sum(parts)
 
     def some(self, places):
@@ -381,6 +375,7 @@ class Learner:
 
         expected_length: tokens a round to expect, in chains of `chain`, on this answer before it is learned from; with a
         gate, of the draft that is to serve; without one, of the last step's weights, not of their average, which serves.
+        `acceptance` holds the places that it is made of.
         staleness: versions between the one that served a trace and the newest, mean over the traces learned from.
 
         Raises UserError when a gradient is not finite or the weights have exploded."""
@@ -398,25 +393,29 @@ class Learner:
         return outcome | {"learn_seconds": time.perf_counter() - begun}
 
     def judge(self, trace):
-        """The gate's verdict, by an answer that nobody has learned from."""
+        """The gate's verdict, by an answer that nobody has learned from.  Draws on three drafts: the average of what is learned,
+        the anchor, and the fallback if there is one (versions.Gate)."""
         first = trace.num_accepted[trace.drafted().cpu()] > 0  # of each round, whatever its length
         if self.gate.rests(first.sum().item(), len(first)):
             return "rests"
-        learned = self.averaged != self.anchor[1]  # since the anchor was set; else the two are one
-        anchored = self.examine(self.anchor[0], trace)
-        now = self.examine(self.average, trace) if learned else anchored
-        was_ahead, served = self.gate.ahead, now if self.gate.ahead else anchored
-        former = self.examine(self.fallback[0], trace) if self.fallback else served
-        gain = expected_length(now) - expected_length(anchored) if learned else None
-        verdict = self.gate.judge(gain, expected_length(former) - expected_length(served))
-        if was_ahead != self.gate.ahead or verdict == "falls back":
+        was_ahead, learned = self.gate.ahead, self.averaged != self.anchor[1]  # else the average is the anchor
+        anchor = self.examine(self.anchor[0], trace)
+        average = self.examine(self.average, trace) if learned else anchor
+        served = average if was_ahead else anchor
+        fallback = self.examine(self.fallback[0], trace) if self.fallback else served
+        gain = expected_length(average) - expected_length(anchor) if learned else None
+        verdict = self.gate.judge(gain, expected_length(fallback) - expected_length(served))
+        serves = fallback if verdict == "falls back" else average if self.gate.ahead else anchor
+        self.acceptance = serves.tolist()
+        if verdict == "falls back" or was_ahead != self.gate.ahead:
             self.unpublished = float("inf")  # another draft serves, at once
-        self.acceptance = (former if verdict == "falls back" else now if self.gate.ahead else anchored).tolist()  # of what serves
-        if verdict == "better" or verdict == "falls back" and was_ahead:
-            self.set_anchor()  # what serves
-        if verdict == "better" and self.fallback is not self.begun:
-            self.fallback, self.gate.leads = self.begun, []  # those were another draft's
+        if verdict == "better":
+            self.set_anchor()
+            if self.fallback is not self.begun:
+                self.fallback, self.gate.leads = self.begun, []  # those were another draft's
         elif verdict == "falls back":
+            if was_ahead:
+                self.set_anchor()  # what served
             self.anchor, self.fallback = self.fallback, self.anchor
         if verdict in ("falls back", "nothing gained"):
             self.go_back(*self.anchor)
@@ -483,10 +482,10 @@ class Learner:
 
     def remember(self, trace):
         """The trace that is too old for `recent` gets its chance in the reservoir: each older one is there with the same."""
-        if len(self.recent) == self.recent.maxlen and self.size:
+        if len(self.recent) == self.recent.maxlen and self.reservoir_size:
             self.older += 1
-            place = len(self.reservoir) if len(self.reservoir) < self.size else int(torch.randint(self.older, (), generator=self.generator))
-            if place < self.size:
+            place = len(self.reservoir) if len(self.reservoir) < self.reservoir_size else int(torch.randint(self.older, (), generator=self.generator))
+            if place < self.reservoir_size:
                 self.reservoir[place : place + 1] = [self.recent[0]]
         self.recent.append(trace)
 
@@ -504,7 +503,9 @@ class Learner:
 
     @torch.no_grad()
     def restore(self, state):
-        if state:
+        """What state() gave; or the version alone, if the rest was lost.  Raises KeyError if something else is missing."""
+        self.version = state.get("version", 0)
+        if len(state) > 1:
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 rate = optimizer.param_groups[0]["lr"]  # this run's, not that of the run that was saved
                 optimizer.load_state_dict(saved)
@@ -513,7 +514,7 @@ class Learner:
                 p.copy_(state["weights"][name])
             for name, p in self.average.items():
                 p.copy_(state["average"][name])
-            self.updates, self.waiting, self.averaged, self.version = (state[name] for name in ("updates", "waiting", "averaged", "version"))
+            self.updates, self.waiting, self.averaged = (state[name] for name in ("updates", "waiting", "averaged"))
             self.waiting = min(self.waiting, max(0, self.every - 1))  # another `every` must not make many steps of it
             if self.gate and state["gate"]:
                 vars(self.gate).update(state["gate"])
@@ -529,7 +530,7 @@ def measured(estimator, seed, far=False, behaviour=None, V=4, K=3):
     """One rung on one random language, exactly: each of the V^K chains with its probability, under draft or "target".
 
     -> (3,) float64: of the estimator's mean, the cosine to grad L and its length in lengths of grad L; and the variance of
-    a round over the square of that mean: how many rounds to average until the noise is as short as what it hides."""
+    a round over the square of that mean: how many rounds to average until noise and signal are equally long."""
     generator = torch.Generator().manual_seed(seed)
     draft, other = torch.randn(2, (V**K - 1) // (V - 1), V, generator=generator, dtype=torch.float64)  # a row a prefix
     draft, target = (2 * draft, 2 * other) if far else (draft, draft + 0.6 * other)

@@ -49,8 +49,8 @@ class Generation:
 
     K: drafted tokens a round; `round` may be told a lower number.
     Row b has committed `committed[b]`.  The target has read all of it but the last token; `unread[b]` are the
-    features of what it has read since the draft looked last.  All that is made in inference mode and never learned from; what
-    `trace` returns is not."""
+    features of what it has read since the draft looked last.  Its tensors are inference tensors, which autograd refuses;
+    `trace` copies them into ordinary ones."""
 
     @torch.inference_mode()
     def __init__(self, target, draft, requests, K):
@@ -79,8 +79,8 @@ class Generation:
         return not any(self.active(b) for b in range(len(self.requests)))
 
     @torch.inference_mode()
-    def round(self, K=None, enough=None):
-        """Draft up to K tokens, as long as they are not `enough` (Chain.propose); verify, commit.
+    def round(self, K=None, min_confidence=None):
+        """Draft up to K tokens, fewer where the draft's confidence falls too low (Chain.propose); verify, commit.
         Returns per row (accepted tokens, the target's own token); None if complete."""
         K = self.K if K is None else K
         uniforms = torch.stack([torch.rand(2 * K + 1, generator=g, dtype=torch.float64) for g in self.generators])
@@ -90,7 +90,7 @@ class Generation:
         draft_logits, nothing = None, torch.empty(len(self.requests), 0, device=self.device)
         draft_tokens, behaviour = nothing.long(), nothing
         if K:
-            draft_tokens, draft_logits, behaviour = self.draft.propose(*self.fresh(), uniforms[:, :K], self.sampling, self.draft_cache, enough)
+            draft_tokens, draft_logits, behaviour = self.draft.propose(*self.fresh(), uniforms[:, :K], self.sampling, self.draft_cache, min_confidence)
         uniforms, K = uniforms[:, K:], draft_tokens.shape[1]
 
         # Verify: the last committed token and the drafted ones, each where it stands.
@@ -104,15 +104,17 @@ class Generation:
 
         # Commit: nothing is undone, the next round goes on from `length` and writes over what was rejected.
         output = []
-        self.drafted = (draft_tokens >= 0).sum(1).tolist() if enough and K else [K] * len(self.requests)
         drafted, decided = draft_tokens.tolist(), torch.stack([num_accepted, next_token], 1).tolist()
+        self.drafted = [sum(token >= 0 for token in row) for row in drafted]
         for b, (n, own) in enumerate(decided):
             if not self.active(b):  # a finished row stands still
                 output.append(None)
                 continue
             kept = drafted[b][:n] + [own]
-            n = next((i for i, token in enumerate(kept) if token in self.target.config.eos_token_ids), n)
-            self.stopped[b] = kept[n] in self.target.config.eos_token_ids  # the answer ends with its first stop token, whose ever
+            end = next((i for i, token in enumerate(kept) if token in self.target.config.eos_token_ids), None)
+            if end is not None:  # the answer ends with its first stop token, whose ever
+                self.drafted[b] = end if end < n else self.drafted[b]  # a drafted one stands as the target's own: it was not rejected
+                self.stopped[b], n = True, end
             if K:
                 self.unread[b].clear()
             self.unread[b].append(features[b, : n + 1])
@@ -146,11 +148,11 @@ class Generation:
             temperature=request.temperature, version=version, top_p=request.top_p, top_k=request.top_k)
 
 
-def rounds(generation, draft_length):
+def decode(generation, draft_length):
     """Round after round until every request is complete, each as long as `draft_length` says."""
     while not generation.done:
         begun = time.perf_counter()
-        output = generation.round(draft_length.choose(), draft_length.enough)
+        output = generation.round(*draft_length.choose())
         widths, kept = zip(*((width, len(out[0])) for width, out in zip(generation.drafted, output) if out))
         draft_length.observe(widths, kept, time.perf_counter() - begun)
         yield output
@@ -161,7 +163,7 @@ def generate(target, draft, request, K, version=0):
     begun = time.perf_counter()
     draft_length = FixedLength(K) if isinstance(K, int) else K
     generation = Generation(target, draft, [request], draft_length.longest)
-    for _ in rounds(generation, draft_length):
+    for _ in decode(generation, draft_length):
         pass
     seconds = time.perf_counter() - begun
     return generation.trace(0, version), seconds

@@ -98,6 +98,18 @@ def request(length=9, new=20, seed=0, temperature=1.0):
     return Request([16, *ids], new, seed, temperature)
 
 
+@torch.no_grad()
+def target_logits(trace):
+    """The target's rows of every round (R, K+1, V), before top-k and top-p."""
+    return trace.head(trace.target_hidden)
+
+
+@torch.no_grad()
+def answer_logits(trace):
+    """A row for every token of the answer."""
+    return trace.head(trace.answer_hidden())
+
+
 # ---- the acceptance rule: verify.py ------------------------------------------------------------------
 
 V = 8
@@ -367,7 +379,7 @@ class Oracle:
     def new_cache(self, batch, length):
         return None
 
-    def propose(self, features, ids, positions, last, coins, temperature, cache, enough=None):
+    def propose(self, features, ids, positions, last, coins, temperature, cache, min_confidence=None):
         at = positions[0, last[0]] + 2  # the place after the last committed token
         tokens = self.answer[at : at + coins.shape[1]][None]
         return torch.where(coins < self.spoil, (tokens + 1) % 16, tokens), torch.zeros(1, coins.shape[1], self.vocabulary), torch.zeros(1, coins.shape[1])
@@ -382,7 +394,7 @@ class RightDraft(Oracle):
     def new_cache(self, batch, length):
         self.slots = length
 
-    def propose(self, features, ids, positions, last, coins, temperature, cache, enough=None):
+    def propose(self, features, ids, positions, last, coins, temperature, cache, min_confidence=None):
         K = coins.shape[1]
         assert positions.gather(1, last[:, None]).max() + K - 1 < self.slots
         at = positions.gather(1, last[:, None]) + 2 + torch.arange(K)
@@ -402,7 +414,7 @@ def test_greedy_speculative_equals_greedy_plain(K):
             a, b = plain.ids.tolist(), fast.ids.tolist()[: len(plain.ids)]
             if a != b:
                 first = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
-                top = plain.answer_logits()[first - plain.prompt_length].topk(2).values
+                top = answer_logits(plain)[first - plain.prompt_length].topk(2).values
                 assert top[0] - top[1] < 1e-4, f"token {first} differs and is no near-tie"
     assert lengths == set(range(K + 1)), "some round lengths never occurred: they were not tested"
 
@@ -435,27 +447,23 @@ def test_finished_rows_stay_inside_the_cache(K=6):
 
 
 class Changing:
-    """A new number of drafted tokens every round, none at all now and then, several times in a row; or fewer, if `enough`."""
+    """A new number of drafted tokens every round, none at all now and then, several times in a row; or fewer, where confidence is low."""
 
-    def __init__(self, *lengths, enough=None):
-        self.lengths, self.longest, self.enough = itertools.cycle(lengths), max(lengths), enough
+    def __init__(self, *lengths, min_confidence=None):
+        self.lengths, self.longest, self.min_confidence = itertools.cycle(lengths), max(lengths), min_confidence
 
     def choose(self):
-        return next(self.lengths)
+        return next(self.lengths), self.min_confidence
 
     def observe(self, drafted, accepted, seconds):
         assert all(0 <= n <= K <= self.longest for K, n in zip(drafted, accepted, strict=True)) and seconds > 0
 
 
-DOUBTFUL = {1: 0.45, 2: 0.1, 3: 0.45, 4: 0.45}  # so many tokens, if less certain; a row that has stopped stays so
+DOUBTFUL = [0.45, 0.1, 0.45, 0.45]  # 1, 2, .. tokens of less confidence are enough; a row that has stopped stays so
 
 
-def in_doubt(k, certainty):
-    return certainty < DOUBTFUL[k]
-
-
-@pytest.mark.parametrize("K, enough", [((0,), None), ((1,), None), ((3,), None), ((0, 1, 3), None), ((3, 0, 0, 2), None), ((4,), in_doubt)], ids=str)
-def test_law_of_generated_text_is_the_targets(K, enough, B=6000):
+@pytest.mark.parametrize("K, min_confidence", [((0,), None), ((1,), None), ((3,), None), ((0, 1, 3), None), ((3, 0, 0, 2), None), ((4,), DOUBTFUL)], ids=str)
+def test_law_of_generated_text_is_the_targets(K, min_confidence, B=6000):
     """Whole path: prompt -> rounds -> text.  The joint law of the first three tokens against the target's own
     probabilities, multiplied out over all 4^3 continuations; rounds of one length, of changing ones, and of those that end
     with the first token that the draft doubts."""
@@ -463,8 +471,8 @@ def test_law_of_generated_text_is_the_targets(K, enough, B=6000):
     draft = tiny_draft(target)
     temperature, prompt = 0.8, [4, 1, 2, 0, 3, 3]
     run = Generation(target, draft if any(K) else None, [Request(prompt, 3, seed, temperature) for seed in range(B)], max(K))
-    list(serve.rounds(run, Changing(*K, enough=enough)))
-    if enough:
+    list(serve.decode(run, Changing(*K, min_confidence=min_confidence)))
+    if min_confidence:
         assert len({(x >= 0).sum().item() for row in run.rounds for _, x, *_ in row}) >= 3
     counts = Counter(tuple(ids[6:9]) for ids in run.committed)
     texts = list(itertools.product(range(4), repeat=3))
@@ -503,7 +511,7 @@ def test_the_draft_length_may_change_every_round(lengths=(2, 0, 0, 4, 0, 1, 3)):
     for seed, temperature in ((0, 0.0), (1, 0.9)):
         r = request(seed=seed, temperature=temperature, new=60)
         run = Generation(target, draft, [r, request(length=9, seed=7, temperature=temperature, new=45)], 4)
-        list(serve.rounds(run, Changing(*lengths)))
+        list(serve.decode(run, Changing(*lengths)))
         for b in range(2):
             trace = run.trace(b)
             assert [int(n) for n in (trace.draft_tokens >= 0).sum(1)] == list(itertools.islice(itertools.cycle(lengths), len(trace.starts)))
@@ -511,14 +519,14 @@ def test_the_draft_length_may_change_every_round(lengths=(2, 0, 0, 4, 0, 1, 3)):
             if temperature > 0:
                 log_q = (replayed / temperature).log_softmax(-1).gather(-1, trace.draft_tokens.clamp(min=0)[..., None]).squeeze(-1)
                 torch.testing.assert_close(log_q[trace.draft_tokens >= 0], trace.behaviour_logprobs[trace.draft_tokens >= 0], atol=1e-5, rtol=0)
-            loss = rl.policy_gradient_loss(replayed, trace.target_logits[:, :-1], trace.draft_tokens, temperature, "expected", trace.behaviour_logprobs)
+            loss = rl.policy_gradient_loss(replayed, target_logits(trace)[:, :-1], trace.draft_tokens, temperature, "expected", trace.behaviour_logprobs)
             grads = torch.autograd.grad(loss, replayed)[0]
             assert (grads[trace.draft_tokens < 0] == 0).all() and grads[trace.draft_tokens >= 0].abs().max() > 0
         if temperature == 0:
             plain, _ = generate(target, None, r, 0)
             a, b = plain.ids.tolist(), run.committed[0][: len(plain.ids)]
             first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
-            top = None if first is None else plain.answer_logits()[first - plain.prompt_length].topk(2).values
+            top = None if first is None else answer_logits(plain)[first - plain.prompt_length].topk(2).values
             assert first is None or top[0] - top[1] < 1e-4
 
 
@@ -532,14 +540,14 @@ def test_a_chain_ends_with_the_token_that_makes_it_doubtful(temperature, K=5):
         draft.lm_head.weight.mul_(3)  # sure of something now and then
     requests = [request(length=6 + 3 * b, seed=b, temperature=temperature, new=60) for b in range(2)]
     run, seen = Generation(target, draft, requests, K), set()
-    list(serve.rounds(run, Changing(K, enough=in_doubt)))
+    list(serve.decode(run, Changing(K, min_confidence=DOUBTFUL)))
     for b in range(2):
         trace = run.trace(b)
         drafted = (trace.draft_tokens >= 0).sum(1)
         log_q = (rl.replay_rounds(draft, trace) / (temperature or 1)).log_softmax(-1).gather(-1, trace.draft_tokens.clamp(min=0)[..., None])[..., 0]
-        certainty = log_q.masked_fill(trace.draft_tokens < 0, 0.0).exp().cumprod(1)
-        for width, sure in zip(drafted.tolist(), certainty.tolist()):
-            assert all(c >= DOUBTFUL[k] - 1e-4 for k, c in enumerate(sure[: width - 1], 1)) and (width == K or sure[width - 1] < DOUBTFUL[width] + 1e-4)
+        confidence = log_q.masked_fill(trace.draft_tokens < 0, 0.0).exp().cumprod(1)
+        for width, sure in zip(drafted.tolist(), confidence.tolist()):
+            assert all(c >= least - 1e-4 for c, least in zip(sure[: width - 1], DOUBTFUL)) and (width == K or sure[width - 1] < DOUBTFUL[width - 1] + 1e-4)
             seen.add(width)
         real = trace.draft_tokens >= 0
         torch.testing.assert_close(trace.behaviour_logprobs[real], log_q[real].detach() * (temperature > 0), atol=1e-4, rtol=0)
@@ -561,7 +569,7 @@ def test_the_best_length_is_the_textbooks(cost, best):
     """(1 - a^(K+1)) / (1 - a) / (K c + 1) at overlap a = 0.6, where verifying costs what one token costs."""
     chooser = DraftLength([1 + cost * K for K in range(13)])
     chooser.trust([0.6] * 12, tests=1e9)
-    assert chooser.choose() == best
+    assert chooser.choose() == (best, None)
     assert chooser.rates() == pytest.approx([(1 - 0.6 ** (K + 1)) / 0.4 / (1 + cost * K) for K in range(13)])
 
 
@@ -575,7 +583,7 @@ def test_a_worthless_draft_costs_only_its_probes_and_a_good_one_is_found_again(s
     def serve(overlap, tokens):
         clock, lengths = 0.0, Counter()
         while tokens > 0:
-            K = chooser.choose()
+            K, _ = chooser.choose()
             n = next((k for k in range(K) if draws.random() > overlap), K)
             chooser.observe([K], [n], seconds[K] * speed)
             clock, tokens, lengths[K] = clock + seconds[K], tokens - n - 1, lengths[K] + 1
@@ -589,9 +597,14 @@ def test_a_worthless_draft_costs_only_its_probes_and_a_good_one_is_found_again(s
     assert 3000 / clock > 0.97 * best, (clock, lengths)
 
 
-def test_a_draft_with_doubts_drafts_as_long_as_that_pays():
+def ends(q, K, min_confidence):
+    """How many of K tokens, held to be so probable, are drafted until confidence is too low."""
+    return next((k for k in range(1, K) if min_confidence and math.prod(q[:k]) < min_confidence[k - 1]), K)
+
+
+def test_a_draft_that_stops_early_drafts_as_long_as_that_pays():
     """Tokens are kept as often as the draft held them probable, now hardly, now surely.  Ending chains by that beats every fixed
-    length by 5 % at least, and comes to within 3 % of the best single threshold on the certainty; where all is doubtful there
+    length by 5 % at least, and comes to within 3 % of the best single threshold on the confidence; where all is doubtful there
     are only probes."""
     seconds = [1.0] + [1.1 + 0.15 * K for K in range(1, 9)]
     draws = random.Random(0)
@@ -604,21 +617,17 @@ def test_a_draft_with_doubts_drafts_as_long_as_that_pays():
     def speed(played):  # [(K, n)] -> tokens per second
         return sum(min(K, n) + 1 for K, n in played) / sum(seconds[K] for K, _ in played)
 
-    def ends(q, longest, enough):
-        return next((k for k in range(1, longest) if enough(k, math.prod(q[:k]))), longest)
-
     def serve(chooser, world):
         for q, n in world:
-            K = chooser.choose()
-            K = ends(q, K, chooser.enough) if K else 0
+            K = ends(q, *chooser.choose())
             chooser.observe([K], [min(K, n)], seconds[K])
             yield K, n
 
-    chooser, world = DraftLength(seconds, doubts=True), list(rounds(3000, [0.2, 0.5, 0.95, 0.98]))
+    chooser, world = DraftLength(seconds, stops_early=True), list(rounds(3000, [0.2, 0.5, 0.95, 0.98]))
     found = speed(list(serve(chooser, world))[500:])
     assert found > 1.05 * max(speed([(K, n) for _, n in world]) for K in range(9))
-    assert found > 0.97 * max(speed([(ends(q, 8, lambda k, c: c < t / 20), n) for q, n in world]) for t in range(20))
-    played = list(serve(DraftLength(seconds, doubts=True), rounds(3000, [0.02, 0.1])))
+    assert found > 0.97 * max(speed([(ends(q, 8, [t / 20] * 7), n) for q, n in world]) for t in range(20))
+    played = list(serve(DraftLength(seconds, stops_early=True), rounds(3000, [0.02, 0.1])))
     assert speed(played) > 0.98 and sum(K > 0 for K, _ in played) < 0.1 * len(played)
 
 
@@ -627,12 +636,11 @@ def test_where_drafting_hardly_pays_it_is_judged_by_what_it_made(seed):
     """No fixed length gains 6 %, chains that end in doubt gain more, and they are found again after text in which none did.
     Judged by fixed lengths alone, or without forgetting, drafting stopped and hardly came back."""
     seconds, draws, made, spent = [1.0] + [1.3 + 0.21 * K for K in range(1, 9)], random.Random(seed), 0, 0.0
-    chooser, fixed = DraftLength(seconds, doubts=True), Counter()
+    chooser, fixed = DraftLength(seconds, stops_early=True), Counter()
     for round in range(5000):
         q = draws.choices([0.15, 0.35, 0.6, 0.95], [0.3, 0.2, 0.2, 0.3], k=8) if round >= 1000 else [0.1] * 8
         n = next((k for k in range(8) if draws.random() >= q[k]), 8)
-        if K := chooser.choose():
-            K = next((k for k in range(1, K) if chooser.enough(k, math.prod(q[:k]))), K)
+        K = ends(q, *chooser.choose())
         chooser.observe([K], [min(K, n)], seconds[K])
         if round >= 1000:
             fixed.update({K: min(K, n) + 1 for K in range(9)})
@@ -645,20 +653,20 @@ def test_the_learners_estimate_fills_in_where_rounds_did_not_look():
     chooser = DraftLength([1.0] + [1.2 + 0.1 * K for K in range(1, 4)])
     for _ in range(50):
         chooser.observe([1], [1], 1.2)
-    (kept, seen), *_ = chooser.late
+    (kept, seen), *_ = chooser.recent
     chooser.trust([0.1, 0.6, 0.5])
-    assert chooser.late[0] == pytest.approx([0.7 * kept, 0.7 * seen]) and chooser.usual[1] == pytest.approx([6, 10])
+    assert chooser.recent[0] == pytest.approx([0.7 * kept, 0.7 * seen]) and chooser.long_run[1] == pytest.approx([6, 10])
     chooser.trust([0.1, 0.2, 0.5])
-    assert chooser.usual[1] == pytest.approx([0.8 * 6 + 2, 18]) and 0.3 < chooser.survival()[0] < 1
+    assert chooser.long_run[1] == pytest.approx([0.8 * 6 + 2, 18]) and 0.3 < chooser.survival()[0] < 1
     chooser.trust([0.1])  # what it does not estimate is forgotten all the same
-    assert chooser.usual[1] == pytest.approx([0.8 * (0.8 * 6 + 2), 0.8 * 18]) and chooser.late[1] == [0, 0]
+    assert chooser.long_run[1] == pytest.approx([0.8 * (0.8 * 6 + 2), 0.8 * 18]) and chooser.recent[1] == [0, 0]
     for _ in range(30):
         chooser.trust([0.1, 0.6, 0.5])
-    assert chooser.survival()[0] == pytest.approx((50 * 0.1 + 5 * 0.7) / (50 + 5), rel=0.02)  # what it says, and a little hope
+    assert chooser.survival()[0] == pytest.approx((50 * 0.1 + 5 * 0.7) / (50 + 5), rel=0.02)  # what it says, and a little of the prior
 
 
-@pytest.mark.parametrize("doubts", [False, True])
-def test_after_text_that_was_too_hard_drafting_soon_comes_back(doubts):
+@pytest.mark.parametrize("stops_early", [False, True])
+def test_after_text_that_was_too_hard_drafting_soon_comes_back(stops_early):
     """Rounds in which hardly a token is kept stop it, however good it was, and cost little; after them it is soon as fast as if
     there had been none.  A worthless draft, of which nothing else was ever seen, is not given that chance."""
     seconds, draws = [1.0] + [1.4 + 0.23 * K for K in range(1, 9)], random.Random(0)
@@ -668,14 +676,13 @@ def test_after_text_that_was_too_hard_drafting_soon_comes_back(doubts):
         for _ in range(count):
             q = draws.choices(chances, k=8)
             n = next((k for k in range(8) if draws.random() >= q[k]), 8)
-            if (K := chooser.choose()) and doubts:
-                K = next((k for k in range(1, K) if chooser.enough(k, math.prod(q[:k]))), K)
+            K = ends(q, *chooser.choose())
             chooser.observe([K], [min(K, n)], seconds[K])
             tokens, clock, drafted = tokens + min(K, n) + 1, clock + seconds[K], drafted + (K > 0)
         return tokens / clock, drafted / count
 
     easy, hard = [0.6, 0.9, 0.98], [0.02, 0.1]
-    chooser, worthless = (DraftLength(seconds, doubts=doubts) for _ in range(2))
+    chooser, worthless = (DraftLength(seconds, stops_early=stops_early) for _ in range(2))
     before, _ = speed(chooser, 1000, easy)
     assert before > 1.4 and speed(chooser, 3000, hard)[0] > 0.92
     speed(chooser, 300, easy)
@@ -684,8 +691,22 @@ def test_after_text_that_was_too_hard_drafting_soon_comes_back(doubts):
     assert slow > 0.97 and drafted < 0.05
 
 
+@pytest.mark.parametrize("stops_early", [False, True])
+def test_a_long_good_time_buys_no_long_time_of_probes(stops_early):
+    """However long drafting paid, of a thousand rounds of hard text, once they are known for it, a tenth may draft."""
+    seconds, draws = [1.0] + [1.4 + 0.23 * K for K in range(1, 9)], random.Random(0)
+    chooser, drafted = DraftLength(seconds, stops_early=stops_early), []
+    for round in range(22_000):
+        q = [0.9 if round < 20_000 else 0.02] * 8
+        K = ends(q, *chooser.choose())
+        n = next((k for k in range(K) if draws.random() >= q[k]), K)
+        chooser.observe([K], [n], seconds[K])
+        drafted.append(K > 0)
+    assert all(drafted[19_000:20_000]) and sum(drafted[20_500:21_500]) < 100
+
+
 def test_a_trace_holds_the_targets_rows_and_features(K=3):
-    """answer_logits is the target on the answer; features are those of the whole text; replay_answer pairs
+    """The target's rows are those on the answer; features are those of the whole text; replay_answer pairs
     each start with the target's rows and tokens that follow it."""
     target = tiny_target()
     draft = tiny_draft(target)
@@ -694,7 +715,7 @@ def test_a_trace_holds_the_targets_rows_and_features(K=3):
     logits = target.logits(hidden)[0]
     finite = torch.arange(16)
     torch.testing.assert_close(trace.features, features[0, :-1], atol=1e-5, rtol=0)
-    torch.testing.assert_close(trace.answer_logits()[:, finite], logits[trace.prompt_length - 1 : -1, finite], atol=1e-5, rtol=0)
+    torch.testing.assert_close(answer_logits(trace)[:, finite], logits[trace.prompt_length - 1 : -1, finite], atol=1e-5, rtol=0)
     drafted, rows, tokens = rl.replay_answer(draft, trace, K)
     for r in (0, 5, len(tokens) - 1):
         for k in range(K):
@@ -906,7 +927,7 @@ def test_plain_rounds_teach_by_what_followed_them():
     target = tiny_target(dtype=torch.float64)
     draft = tiny_draft(target)
     run = Generation(target, draft, [request(new=30)], 3)
-    list(serve.rounds(run, Changing(2, 0, 3, 0, 0, 1)))
+    list(serve.decode(run, Changing(2, 0, 3, 0, 0, 1)))
     trace, learner = run.trace(0), rl.Learner(draft, "log", 1e-3, 0.0, chain=4)
     logits, rows, tokens = rl.replay_answer(draft, trace, learner.chain)
     total = 0.0
@@ -916,7 +937,7 @@ def test_plain_rounds_teach_by_what_followed_them():
             total += rl.target_side_loss(logits[at, None], rows[at, None], tokens[at, None], estimator="log")
         else:
             own = slice(r, r + 1)
-            total += rl.policy_gradient_loss(rl.replay_rounds(draft, trace)[own], trace.target_logits[own, :-1], trace.draft_tokens[own],
+            total += rl.policy_gradient_loss(rl.replay_rounds(draft, trace)[own], target_logits(trace)[own, :-1], trace.draft_tokens[own],
                                              1.0, "log", trace.behaviour_logprobs[own])
     torch.testing.assert_close(learner.loss(trace), total / len(trace.starts), atol=1e-6, rtol=1e-6)
 
@@ -930,7 +951,7 @@ def test_what_the_target_said_is_never_rounded_to_bfloat16():
     with torch.autocast("cpu", torch.bfloat16):
         rows, _ = rl.target_rows(tiny_draft(target), trace, trace.target_hidden, trace.draft_tokens)
     finite = rows.isfinite()
-    torch.testing.assert_close(rows[finite], trace.target_logits[finite], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(rows[finite], target_logits(trace)[finite], atol=1e-6, rtol=1e-6)
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     said = logits.detach().argmin(-1)
     loss = rl.target_side_loss(logits, logits.detach(), said, temperature=0, estimator="log")
@@ -993,7 +1014,7 @@ def test_greedy_chains_go_on_while_the_argmax_is_the_same():
     draft, target = (torch.nn.functional.one_hot(x, 5).float() for x in (said, own))
     torch.testing.assert_close(rl.acceptance(draft, target, own, 0.0), torch.tensor([2 / 3, 1.0, 0.5]))
     drafted = torch.tensor([[1, 4, 3], [2, 2, -1], [0, 0, 0]])
-    torch.testing.assert_close(rl.acceptance(draft, target, drafted, 0.0, torch.zeros(3, 3)), torch.tensor([2 / 3, 1.0, 0.0]))
+    torch.testing.assert_close(rl.acceptance(draft, target, drafted, 0.0), torch.tensor([2 / 3, 1.0, 0.0]))
 
 
 @pytest.mark.parametrize("scratch", [True, False])
@@ -1746,8 +1767,8 @@ def test_expected_length_is_the_acceptance_length_that_rounds_have():
     draft, K = tiny_draft(target), 3
     requests = [Request([1, 2, 3], 40, seed, 1.0) for seed in range(64)]
     served, plain = Generation(target, draft, requests, K), Generation(target, None, requests, 0)
-    list(serve.rounds(served, serve.FixedLength(K)))
-    list(serve.rounds(plain, serve.FixedLength(0)))
+    list(serve.decode(served, serve.FixedLength(K)))
+    list(serve.decode(plain, serve.FixedLength(0)))
     lengths = torch.cat([1.0 + served.trace(b).num_accepted for b in range(64)])
     expected = aurora.mean([rl.expected_length(rl.acceptance_on(draft, plain.trace(b), K)) for b in range(64)])
     assert abs(lengths.mean() - expected) < 5 * lengths.std() / len(lengths) ** 0.5
@@ -1792,6 +1813,25 @@ def test_save_and_resume_continue_the_versions(files, tmp_path):
     assert b"prompt 1" not in b"".join(p.read_bytes() for p in (tmp_path / "kept").rglob("*") if p.is_file())
 
 
+def test_versions_go_on_where_the_learners_state_was_lost(files, tmp_path):
+    """Nothing is written over, and no state of another run stands beside a new draft."""
+    run(files, "--save", f"{tmp_path}/kept", "--publish-every", "2", "--no-gate")
+    (tmp_path / "kept/v000003.learner.pt").rename(tmp_path / "kept/v000006.learner.pt")  # of a run that is gone
+    draft = torch.load(tmp_path / "kept/v000003/draft.pt")
+    run(files, "--draft", f"{tmp_path}/kept", "--save", f"{tmp_path}/kept", "--publish-every", "2", "--no-gate")
+    assert same(torch.load(tmp_path / "kept/v000003/draft.pt")["weights"], draft["weights"]) and (tmp_path / "kept/latest").read_text() == "v000006\n"
+    assert torch.load(tmp_path / "kept/v000006.learner.pt")["updates"] == 6
+    aurora.save_learner(tmp_path / "kept", Draft(model.load_target(files / "target.pt")[0]), draft["weights"], 6, None)
+    assert not (tmp_path / "kept/v000006.learner.pt").exists()
+
+
+def test_a_version_is_found_from_within_its_directory(files, tmp_path, monkeypatch):
+    run(files, "--save", f"{tmp_path}/kept", "--no-gate")
+    monkeypatch.chdir(tmp_path / "kept/v000006")
+    draft, state = aurora.load_learner(Path("."), model.load_target(files / "target.pt")[0])
+    assert state["updates"] == 6
+
+
 @pytest.mark.parametrize("wait", [0, 0.5])
 def test_what_serves_outlives_the_process_that_learns(files, tmp_path, monkeypatch, here, wait):
     """It dies while the fourth request is served, or between that and the next: one line says so, and what served last is kept,
@@ -1812,7 +1852,8 @@ def test_what_serves_outlives_the_process_that_learns(files, tmp_path, monkeypat
     with pytest.raises(UserError, match="the process that learns died"):
         run(files, "--no-gate", "--save", f"{tmp_path}/kept")
     kept, state = aurora.load_learner(tmp_path / "kept", model.load_target(files / "target.pt")[0])
-    assert len(served) == 4 and not same(served[3], served[0]) and state == {}
+    kept_as = (tmp_path / "kept/latest").read_text().strip()[1:]
+    assert len(served) == 4 and not same(served[3], served[0]) and state == {"version": int(kept_as)}
     assert (tmp_path / "kept/latest").read_text() == "v000003\n" if wait else same(kept.state_dict(), served[3])
 
 
@@ -1908,6 +1949,7 @@ BAD = {
     "only measures, at every": ["--sweep", "--num-speculative-tokens", "4"],
     "ends in .png": ["--plot", "picture.xyz"],
     "cannot be read": ["--draft", "HALF"],
+    "another version's": ["--draft", "OLD"],
 }
 
 
@@ -1918,9 +1960,13 @@ def test_bad_input_is_one_clear_line(files, tmp_path, message):
     (tmp_path / "half/v000001/draft.pt").write_bytes((files / "draft.pt").read_bytes())
     (tmp_path / "half/v000001.learner.pt").write_text("not a learner")
     (tmp_path / "half/latest").write_text("v000001")
+    (tmp_path / "old/v000001").mkdir(parents=True)
+    (tmp_path / "old/v000001/draft.pt").write_bytes((files / "draft.pt").read_bytes())
+    torch.save({"version": 1, "updates": 1}, tmp_path / "old/v000001.learner.pt")
+    (tmp_path / "old/latest").write_text("v000001")
     other = tiny_target()
     save(tmp_path / "other.pt", other.config, other.state_dict(), {})
-    names = {"HALF": tmp_path / "half", "OTHER": tmp_path / "other.pt", "DRAFT": files / "draft.pt", "TARGET": files / "target.pt", "BROKEN": tmp_path / "broken.jsonl", "FOLDER": tmp_path}
+    names = {"HALF": tmp_path / "half", "OLD": tmp_path / "old", "OTHER": tmp_path / "other.pt", "DRAFT": files / "draft.pt", "TARGET": files / "target.pt", "BROKEN": tmp_path / "broken.jsonl", "FOLDER": tmp_path}
     arguments = ["--target", f"{files}/target.pt", "--static", f"{files}/draft.pt", *(str(names.get(a, a)) for a in BAD[message])]
     with pytest.raises(UserError, match=message) as error:
         aurora.main(arguments)
@@ -2041,7 +2087,7 @@ def test_shipped_weights_speculate(temperature):
             a, b = plain.ids.tolist(), trace.ids.tolist()[: len(plain.ids)]
             first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
             if first is not None:
-                top = plain.answer_logits()[first - plain.prompt_length].topk(2).values
+                top = answer_logits(plain)[first - plain.prompt_length].topk(2).values
                 assert top[0] - top[1] < 1e-3
 
 
@@ -2759,9 +2805,10 @@ def test_an_end_token_ends_its_row_only(K=3):
     requests = [request(length=4 + i, new=30, seed=i, temperature=1.0) for i in range(9)]
     free = [generate(target, tiny_draft(target), r, K)[0] for r in requests]
     target.config.eos_token_ids = (3, 9)
-    batch = Generation(target, tiny_draft(target), requests, K)
+    batch, widths = Generation(target, tiny_draft(target), requests, K), [0] * len(requests)
     while not batch.done:
-        batch.round()
+        output = batch.round()
+        widths = [new if out else old for out, new, old in zip(output, batch.drafted, widths)]
     for b, (r, whole) in enumerate(zip(requests, free)):
         answer = whole.ids[whole.prompt_length :].tolist()
         ends = [i for i, t in enumerate(answer) if t in (3, 9)]
@@ -2771,7 +2818,9 @@ def test_an_end_token_ends_its_row_only(K=3):
         assert int((trace.num_accepted + 1).sum()) == len(expected)
         if ends:  # where in its round the end token came, and whether it had been drafted and kept there
             last = len(trace.starts) - 1
-            seen.add((int(trace.num_accepted[-1]), int(whole.num_accepted[last]) > int(trace.num_accepted[-1])))
+            n, kept = int(trace.num_accepted[-1]), int(whole.num_accepted[last]) > int(trace.num_accepted[-1])
+            assert widths[b] == (n if kept else K)  # a drafted end token was not rejected
+            seen.add((n, kept))
     assert {kept for _, kept in seen} == {True, False} and len(seen) > 2, "some ways to end never occurred"
 
 
@@ -2830,6 +2879,20 @@ def test_prompt_lookup():
     assert logits is None and not logprobs.any() and tokens.tolist() == [[3, 4], [9, 8]]
     tokens, _, _ = draft.propose(None, torch.tensor([[5, -1], [1, 8]]), torch.tensor([[4, 5], [3, 4]]), torch.tensor([0, 1]), torch.zeros(2, 2), sampling, cache)
     assert tokens.tolist() == [[-1, -1], [1, 8]]
+
+
+def test_prompt_lookup_that_finds_nothing_is_plain_decoding():
+    """No row is verified for what was not drafted, and nothing is put down as rejected."""
+    from draft import NGram
+
+    target, ask = tiny_target(gain=2.0), Request([16, 1, 2, 3], 20, 0, 0.0)
+    run = Generation(asking(target, NGram(target.config)), NGram(target.config), [ask], 3)
+    rows, verify_rows = [], target.verify
+    target.verify = lambda ids, *a: (rows.append(ids.shape[1]), verify_rows(ids, *a))[1]
+    list(serve.decode(run, FixedLength(3)))
+    trace = run.trace(0)
+    assert rows[0] == 1 and not trace.drafted()[0] and trace.drafted().any() and rows == [4 if x else 1 for x in trace.drafted()]
+    assert trace.ids.tolist() == generate(target, None, ask, 0)[0].ids.tolist()
 
 
 @pytest.mark.parametrize("name", ["small model", "pruned head", "ngram"])
@@ -2911,12 +2974,12 @@ def test_a_pruned_draft_learns_against_all_of_the_target(estimator, temperature,
     for side in (0.0, 1.0):
         loss = rl.Learner(draft, estimator, 1e-3, side, chain=K).loss(trace)
         if side == 0:
-            expected = rl.policy_gradient_loss(wide(rl.replay_rounds(draft, trace)), trace.target_logits[:, :-1], trace.draft_tokens,
+            expected = rl.policy_gradient_loss(wide(rl.replay_rounds(draft, trace)), target_logits(trace)[:, :-1], trace.draft_tokens,
                                                temperature, estimator, trace.behaviour_logprobs)
         else:
             place = torch.arange(len(answer))[:, None] + torch.arange(K)
             tokens = answer[place.clamp(max=len(answer) - 1)].masked_fill(place >= len(answer), -1)
-            rows = trace.answer_logits()[place.clamp(max=len(answer) - 1)]
+            rows = answer_logits(trace)[place.clamp(max=len(answer) - 1)]
             expected = rl.target_side_loss(wide(rl.replay_answer(draft, trace, K)[0]), rows, tokens, temperature, estimator)
         torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-9)
         ours, theirs = (torch.autograd.grad(x, draft.fc.weight, retain_graph=True)[0] for x in (loss, expected))
@@ -2945,6 +3008,28 @@ def test_the_learner_cuts_as_serving_did(K=3):
         given_back = verified.isfinite() & ~finite
         more, same = more + int(given_back.any(-1).sum()), same + int((~given_back.any(-1)).sum())
     assert more and same, "one of the two cases never occurred"
+
+
+@pytest.mark.parametrize("top_p, top_k", [(0.7, 0), (1.0, 4), (1.0, 0)])
+def test_what_the_gate_measures_is_what_serves(top_p, top_k):
+    """The acceptance of a draft on an answer is that of its distribution as serving cuts it: what learning gives back to it
+    serves nobody.  Here by probabilities written out, at the first place of chains all over the answer."""
+    target = tiny_target(gain=2.0)
+    draft = tiny_draft(target)
+    trace, _ = generate(target, draft, Request(request().prompt, 40, 0, 0.9, "", top_p, top_k), 3)
+    starts = torch.arange(trace.prompt_length, len(trace.ids)) - 2
+    with torch.no_grad():
+        drafted = draft.replay(trace.features[None], trace.ids[None, 1:], starts[None], torch.zeros(1, len(starts), 0, dtype=torch.int64))[0, :, 0]
+
+    def law(logits):  # (V,) -> probabilities, the least likely cut
+        p, order = (logits / 0.9).softmax(-1).sort(descending=True)
+        p[top_k or len(p) :] = 0
+        p = p / p.sum()
+        p[p.cumsum(-1) - p >= top_p] = 0
+        return torch.zeros_like(p).scatter(0, order, p / p.sum())
+
+    own = [torch.minimum(law(q), law(p)).sum() for q, p in zip(drafted, answer_logits(trace), strict=True)]
+    torch.testing.assert_close(rl.acceptance_on(draft, trace, 1)[0], torch.stack(own).mean(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind, lr, growth", [("random head under top-p", 3e-2, 2.0), ("small model", 3e-2, 1.2)])
@@ -3302,13 +3387,13 @@ def test_compiled_rounds_say_what_eager_rounds_say(compiled):
         traces = []
         for models in compiled:
             run = Generation(models[0], models[1], [r], 8)
-            list(serve.rounds(run, Changing(4, 0, 1, 3, 8, 0, 0, 2)))
+            list(serve.decode(run, Changing(4, 0, 1, 3, 8, 0, 0, 2)))
             traces.append(run.trace(0))
         fast, plain = traces
         a, b = fast.ids.tolist(), plain.ids.tolist()
         first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
         if temperature == 0 and first is not None:
-            top = plain.answer_logits()[first - plain.prompt_length].topk(2).values
+            top = answer_logits(plain)[first - plain.prompt_length].topk(2).values
             assert top[0] - top[1] < 1e-4
         if temperature > 0:
             assert first is None

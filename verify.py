@@ -213,7 +213,7 @@ class Sampling:
         token = inverse_cdf(p, coins)
         return logits, token, p.gather(-1, token[..., None]).squeeze(-1).log().float()
 
-    def certainty(self, logits, logprob):
+    def confidence(self, logits, logprob):
         """Of what `draw` returned: how probable a token was, (B, T); at temperature 0, as if that were 1."""
         if self.greedy:
             greedily = (logits.amax(-1) - logits.logsumexp(-1)).float()

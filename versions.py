@@ -1,5 +1,4 @@
-"""Versions: what becomes of what is learned.  The gate says whether it stays; the learner studies beside serving, and what is
-due serves; --save keeps it, version by version.
+"""Versions of the draft: the gate decides which weights serve, Study runs the learner beside serving, --save writes them to disk.
 
 Learning costs time, and steps that have nothing to learn still shake a draft that was as good as it can be.  So what is
 learned has to show, on answers that it has not learned from yet, or it is taken back.
@@ -28,33 +27,28 @@ RECENT, REMEMBERED, SHIFT = 8, 72, 4.0  # a shift of traffic: the last 8 answers
 class Gate:
     """Learning goes on as long as it shows; otherwise what was learned is taken back, and the learner rests.
 
-    The *anchor* is the draft that began, or that proved better since.  Every new answer, before it is learned from, tells
-    how many tokens a round to expect of what is learned by now and of the anchor.  The text is the same and neither has
-    learned from it, so the differences d_1 .. d_n since the two parted are a fair comparison with little noise:
-    z = sum d / sqrt(sum d^2), at any n about standard normal where there is no difference.  From the 8th answer on,
+    Three drafts: the *current* one is what is learned by now; the *anchor* is what it must beat, the draft that began or that
+    proved better since; the *fallback* is the draft that the run began with, if that was a trained one, or what it replaced.
 
-        z > 2.5           better: what is learned by now is the anchor from now on
-        z < log2(n / 32)  nothing gained: back to the anchor, and no learning for 64 answers; for twice as many each time
-                          that this is so again, up to 512
+    On every new answer, before it is learned from, the expected tokens a round of both current and anchor are computed, by
+    the same text, which neither has learned from.  Their differences d_1 .. d_n since the two parted are a fair comparison with
+    little noise: z = sum d / sqrt(sum d^2), at any n about standard normal where the two are equal.  Whichever is ahead serves:
+    current where z > 0, else anchor, so that steps which lead nowhere cost their time but hardly any acceptance.  The fallback
+    is compared likewise with what serves; its differences are summed up anew whenever they sum to less than nothing (Page
+    1954), so that what was long ago does not weigh.  From 8 differences on:
+
+        verdict         if                                  then
+        better          z > 2.5                             the anchor is the current draft
+        nothing gained  z < log2(n / 32)                    the current draft is the anchor; no learning for 64 answers, for twice
+                        and not the fallback's z > 1        as many each time that this is so again, up to 512
+        falls back      the fallback's z > 2.5              current and anchor are the fallback, what served is the fallback
 
     The second bound is at -2 when n = 8 and rises by 1 as n doubles: progress shows the better, the longer it lasts.  Where
-    there is none, learning ends after 30 answers or so, and hardly ever lasts to where the two bounds meet, at 181.
+    there is none, learning ends after 30 answers or so, and hardly ever lasts to where the two bounds meet, at 181.  Of equals
+    one comparison in twenty-five ends in "better" all the same.
 
-    Until then whichever is ahead serves: what is learned by now where z > 0, else the anchor, so that steps which lead
-    nowhere cost their time but hardly any acceptance.
-
-    What is learned on one kind of traffic may cost acceptance on another.  So the draft that began is kept, as the *fallback*
-    (a random one is none): while it learns, new answers also tell how many tokens a round more that promises than what
-    serves.  These differences are summed up anew whenever they sum to less than nothing (Page 1954), so that what was long
-    ago does not weigh, and from the 8th on
-
-        z > 2.5           falls back: the fallback is the anchor, and what served is the fallback, until what is learned from
-                          there proves better
-
-    While that is likely (z > 1) the learner does not rest.
-
-    Of equals one comparison in twenty-five ends in "better" all the same.  A rest ends early when traffic shifts: the draft
-    stands still then, and hardly moved before if nothing was gained, so what moves is the traffic."""
+    A rest ends early when traffic shifts: the draft stands still then, and hardly moved before if nothing was gained, so what
+    moves is the traffic."""
 
     def __init__(self):
         self.resting, self.rest, self.ahead = 0, FIRST_REST, False
@@ -88,9 +82,9 @@ class Gate:
         return bool((kept - share * tested)[now].sum().abs() > SHIFT * error)
 
     def judge(self, gain, lead=0.0):
-        """gain: how many more tokens a round an answer promises of what is learned by now than of the anchor, None while they
-        are one and the same; lead: of the fallback than of what serves -> "better", "falls back", "nothing gained" or, too
-        early to say, "learns"."""
+        """gain: how many more tokens a round to expect of the current draft than of the anchor, on this answer, None while they are
+        one and the same; lead: of the fallback than of what serves -> "better", "falls back", "nothing gained" or, too early to
+        say, "learns"."""
         self.leads = [*self.leads, lead]
         if sum(self.leads) <= 0:
             self.leads = []
@@ -132,18 +126,18 @@ class Study:
     what it made of that, and lets it serve if it is due, after `every` updates.
 
     apart: None, and the learner is a thread; or (make, its argument), and it is another process: make(argument) -> the learner,
-    and a function from a trace's fields, `head` left out, to the trace.  After `leave` the one here is as the one there."""
+    and a function from a trace's fields, `head` left out, to the trace.  After `close` the one here has its state, but not its memory."""
 
     def __init__(self, learner, every, apart=None):
         self.learner, self.every, self.version, self.apart, self.doing = learner, every, learner.version, apart, None
         if apart:
-            self.core = ProcessPoolExecutor(1, get_context("spawn"), arrive, apart)
+            self.core = ProcessPoolExecutor(1, get_context("spawn"), init_process, apart)
             try:
                 self.core.submit(os.getpid).result()  # it is there
             except BrokenExecutor:
                 raise UserError(DIED) from None
         else:
-            self.core = ThreadPoolExecutor(1, initializer=settle, initargs=[torch.get_num_threads()])
+            self.core = ThreadPoolExecutor(1, initializer=init_thread, initargs=[torch.get_num_threads()])
 
     def begin(self, trace=None, line=None):
         """line: the answer's, in the journal.  Without a trace there is nothing to do."""
@@ -163,12 +157,12 @@ class Study:
                 draft_length.trust(acceptance)
             journal.learned(self.line, published is not None, self.waited + time.perf_counter() - begun, **outcome)
 
-    def leave(self):
+    def close(self):
         """-> is the learner here, then, as the one there?  Not if that process died."""
         with self.core:
             try:
                 if self.apart:
-                    state, self.learner.unpublished = unpacked(self.core.submit(leave).result())
+                    state, self.learner.unpublished = unpacked(self.core.submit(state_apart).result())
                     self.learner.restore(state)
             except BrokenExecutor:
                 return False
@@ -182,27 +176,27 @@ def study(learner, trace, every):
     return outcome, (learner.publish(), learner.version, learner.acceptance) if due else None
 
 
-def settle(threads):
+def init_thread(threads):
     """What the thread that learns has of its own."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # numbers under 1e-38, of what a draft is sure not to say, take a processor far longer
 
 
-def arrive(make, argument):
-    """Where the other process begins; what it works with is `there`."""
-    global there
+def init_process(make, argument):
+    """Where the other process begins; what it works with is `process_state`."""
+    global process_state
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that serves
-    there = make(argument)
-    settle(torch.get_num_threads())
+    process_state = make(argument)
+    init_thread(torch.get_num_threads())
 
 
 def study_apart(fields, every):
-    learner, trace_of = there
+    learner, trace_of = process_state
     return packed(study(learner, trace_of(unpacked(fields)), every))
 
 
-def leave():
-    learner, _ = there
+def state_apart():
+    learner, _ = process_state
     return packed((learner.state(), learner.unpublished))
 
 
@@ -224,27 +218,28 @@ def save_learner(directory, served, learned, version, state):
     """v000123/draft.pt, the learner's state beside it unless that was lost, then `latest`: what `latest` names is always whole."""
     name = f"v{version:06d}"
     save(Path(directory) / name / "draft.pt", served.config, learned, {"version": version, "kind": served.kind})
+    beside = Path(f"{directory}/{name}.learner.pt")
     if state:
         torch.save(state, f"{directory}/learner.new")
-        Path(f"{directory}/learner.new").replace(f"{directory}/{name}.learner.pt")
+        Path(f"{directory}/learner.new").replace(beside)
+    else:
+        beside.unlink(missing_ok=True)  # of another run's version of that number
     Path(f"{directory}/latest.new").write_text(name + "\n")
     Path(f"{directory}/latest.new").replace(f"{directory}/latest")
 
 
 def load_learner(directory, target):
-    """-> the latest draft that --save kept there, or that of one version's directory; the learner's state, {} if lost."""
+    """-> the latest draft that --save kept there, or that of one version's directory; what Learner.restore takes."""
+    directory = directory.resolve()
     if not (directory / "draft.pt").is_file():
         if not (directory / "latest").is_file():
             raise UserError(f"{directory} holds no `latest`: expected a directory that --save wrote")
         directory = directory / (directory / "latest").read_text(errors="replace").strip()
-    draft, _ = load_draft(directory / "draft.pt", target)
+    draft, record = load_draft(directory / "draft.pt", target)
     beside = directory.with_name(f"{directory.name}.learner.pt")
     if not beside.is_file():
-        return draft, {}
+        return draft, {"version": record.get("version", 0)}
     try:
-        state = torch.load(beside, map_location="cpu", weights_only=True)
-        return draft, {name: state[name] for name in ("optimizers", "weights", "average", "averaged", "updates", "waiting", "version", "anchor", "fallback", "begun", "gate")}
-    except KeyError as error:
-        raise UserError(f"{beside} lacks {error}: another version wrote it; delete it to go on from the draft alone") from None
+        return draft, torch.load(beside, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not its own
         raise UserError(f"{beside} cannot be read ({type(error).__name__})") from None
