@@ -91,7 +91,8 @@ class Generation:
         draft_tokens, behaviour = nothing.long(), nothing
         if K:
             draft_tokens, draft_logits, behaviour = self.draft.propose(*self.fresh(), uniforms[:, :K], self.sampling, self.draft_cache, min_confidence)
-        uniforms, K = uniforms[:, K:], draft_tokens.shape[1]
+        coins, K = uniforms[:, K:], draft_tokens.shape[1]  # the last one draws the target's own token, however far the chains went
+        coins = torch.cat([coins[:, :K], coins[:, -1:]], dim=1)
 
         # Verify: the last committed token and the drafted ones, each where it stands.
         length = [len(ids) for ids in self.committed]
@@ -100,7 +101,7 @@ class Generation:
         block = torch.cat([last_token, draft_tokens.clamp(min=0)], dim=1)  # (B, K+1)
         hidden, features, target_logits = self.target.verify(block, positions, self.target_cache)
         target_logits = self.sampling.filter(target_logits)  # (B, K+1, V)
-        num_accepted, next_token = accept(target_logits, draft_logits, draft_tokens, uniforms[:, : K + 1], self.sampling.temperature)
+        num_accepted, next_token = accept(target_logits, draft_logits, draft_tokens, coins, self.sampling.temperature)
 
         # Commit: nothing is undone, the next round goes on from `length` and writes over what was rejected.
         output = []
@@ -355,6 +356,7 @@ def read_bandwidth(size):
 
 def print_profile(target, draft, context, compiled, learning=None):
     """Where a round goes, how far the target is from the physical floor, and how a round grows with its context, up to `context`."""
+    target.config.eos_token_ids = ()  # an answer that ended would leave some lengths untimed
     weight = target.lm_head.weight
     table = 0 if target.config.tie_word_embeddings else target.model.embed_tokens.weight.numel()  # a row of it is read
     size = (sum(p.numel() for p in target.parameters()) - table) * weight.element_size()

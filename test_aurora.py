@@ -419,17 +419,19 @@ def test_greedy_speculative_equals_greedy_plain(K):
     assert lengths == set(range(K + 1)), "some round lengths never occurred: they were not tested"
 
 
-def test_rows_do_not_depend_on_their_neighbours(K=3):
+@pytest.mark.parametrize("min_confidence", [None, [0.45, 0.1, 0.45]], ids=["whole chains", "some stop early"])
+def test_rows_do_not_depend_on_their_neighbours(min_confidence, K=4):
     """In float64, where row counts do not change a decision: a batch of four, each row equal to itself alone."""
     target = tiny_target(gain=2.0, dtype=torch.float64)
     draft = tiny_draft(target)
     requests = [request(length=4 + 5 * i, new=31 - 5 * i, seed=i, temperature=[0.0, 0.7, 1.0, 1.3][i]) for i in range(4)]
     batch = Generation(target, draft, requests, K)
-    while not batch.done:
-        batch.round()
+    list(serve.decode(batch, Changing(K, min_confidence=min_confidence)))
     lengths = set()
     for b, r in enumerate(requests):
-        alone, _ = generate(target, draft, r, K)
+        single = Generation(target, draft, [r], K)
+        list(serve.decode(single, Changing(K, min_confidence=min_confidence)))
+        alone = single.trace(0)
         assert batch.trace(b).ids.tolist() == alone.ids.tolist()
         lengths |= set(alone.num_accepted.tolist())
     assert len(lengths) > 1, "rounds of one length only: nothing was tested"
@@ -564,6 +566,19 @@ def test_rounds_of_every_length_are_timed_in_any_context(context):
     assert len(seconds) == serve.LONGEST + 1 and min(seconds) > 0
 
 
+def test_each_length_is_given_its_own_seconds(monkeypatch):
+    """By a clock that only rounds move: K drafted tokens take 1 + K."""
+    target, clock, round = tiny_target(), [0.0], Generation.round
+
+    def timed(self, K):
+        clock[0] += 1 + K
+        return round(self, K)
+
+    monkeypatch.setattr(Generation, "round", timed)
+    monkeypatch.setattr(serve.time, "perf_counter", lambda: clock[0] / 1e6)
+    assert serve.seconds_per_round(target, tiny_draft(target), 0.0) == pytest.approx([(1 + K) / 1e6 for K in range(9)])
+
+
 @pytest.mark.parametrize("cost, best", [(0.01, 7), (0.02, 6), (0.05, 4), (0.1, 3)])
 def test_the_best_length_is_the_textbooks(cost, best):
     """(1 - a^(K+1)) / (1 - a) / (K c + 1) at overlap a = 0.6, where verifying costs what one token costs."""
@@ -629,6 +644,17 @@ def test_a_draft_that_stops_early_drafts_as_long_as_that_pays():
     assert found > 0.97 * max(speed([(ends(q, 8, [t / 20] * 7), n) for q, n in world]) for t in range(20))
     played = list(serve(DraftLength(seconds, stops_early=True), rounds(3000, [0.02, 0.1])))
     assert speed(played) > 0.98 and sum(K > 0 for K, _ in played) < 0.1 * len(played)
+
+
+def test_a_chain_goes_on_over_a_step_in_its_costs():
+    """After 4 tokens the 5th is dear and the rest are cheap: all of them together may be worth it where the next one is not."""
+    seconds = [1.0, 1.3, 1.6, 1.9, 2.2, 4.0, 4.01, 4.02, 4.03]
+    chooser = DraftLength(seconds, stops_early=True)
+    chooser.trust([0.95] * 8, 1e6)
+    K, least = chooser.choose()
+    rate, S = chooser.drafting(chooser.rates()), [0.95**k for k in range(9)]
+    worth = [rate * (seconds[m] - seconds[4]) * S[4] / sum(S[5 : m + 1]) for m in (5, 6, 7, 8)]
+    assert K == 8 and least[3] == pytest.approx(worth[3], rel=1e-4) and worth[3] < 0.5 * worth[0]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -703,6 +729,17 @@ def test_a_long_good_time_buys_no_long_time_of_probes(stops_early):
         chooser.observe([K], [n], seconds[K])
         drafted.append(K > 0)
     assert all(drafted[19_000:20_000]) and sum(drafted[20_500:21_500]) < 100
+
+
+def test_a_long_answer_is_examined_all_over():
+    """More tokens than the head is given at once, and than chains start at."""
+    target = tiny_target(gain=2.0)
+    draft = tiny_draft(target)
+    trace, _ = generate(target, None, request(new=100), 0)
+    rows, _ = rl.target_rows(draft, trace, trace.answer_hidden(), trace.ids[trace.prompt_length :])
+    assert len(rows) == 100 and torch.equal(rows, answer_logits(trace))
+    logits, rows, tokens = rl.replay_answer(draft, trace, 2, torch.arange(0, 100, 5))
+    torch.testing.assert_close(rl.acceptance_on(draft, trace, 2, 20), rl.acceptance(logits.detach(), rows, tokens))
 
 
 def test_a_trace_holds_the_targets_rows_and_features(K=3):
@@ -1395,6 +1432,17 @@ def test_the_average_spans_as_many_tokens_whatever_a_step_takes(flags, chain, ho
     assert learner.averaged == (0 if "static" not in flags else 3 * horizon)
 
 
+def test_flags_reach_the_learner_and_the_requests():
+    flags = ["--estimator", "kl", "--target-side", "0.3", "--reservoir", "5", "--lr", "0.5", "--top-p", "0.9", "--top-k", "4", "--temperature", "0.6", "--seed", "3"]
+    args, target = aurora.arguments(flags), tiny_target(vocab_size=257, bos_token_id=256)
+    learner = aurora.new_learner(tiny_draft(target), {}, args)
+    assert (learner.estimator, learner.target_side, learner.reservoir_size) == ("kl", 0.3, 5) and learner.optimizers[0].param_groups[0]["lr"] == 0.5
+    one, other = aurora.make_requests([("a", "xy"), ("b", "xy")], args, model.Bytes(target.config), 2048)
+    assert (one.prompt, one.kind, one.temperature, one.top_p, one.top_k) == ([256, 120, 121], "a", 0.6, 0.9, 4) and one.seed != other.seed
+    (again,) = aurora.make_requests([("a", "xy")], aurora.arguments([]), model.Bytes(target.config), 2048)
+    assert again.seed != one.seed and (again.top_p, again.top_k) == (1.0, 0)
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_numbers_that_slow_a_processor_down_are_flushed_where_the_learner_works(apart):
     """And nowhere else.  After 140 steps of a random draft half of its time went into them."""
@@ -1639,6 +1687,78 @@ def test_compare_reports_all_arms_and_logs_every_request(files, tmp_path, capsys
     assert "online" in capsys.readouterr().out
 
 
+def test_every_arm_is_served_by_its_own_draft_and_rule(files, monkeypatch):
+    """And what is published tells the online arm's rule, and no other, how often places are accepted now."""
+    served, told, trust = [], [], DraftLength.trust
+    monkeypatch.setattr(aurora, "seconds_per_round", lambda *_: [1.0 + 0.2 * K for K in range(9)])
+    monkeypatch.setattr(aurora, "generate", lambda *a, **k: (served.append((len(a), a[1] and copy.deepcopy(a[1].state_dict()), a[3] if len(a) > 3 else k["K"])), generate(*a, **k))[1])
+    monkeypatch.setattr(DraftLength, "trust", lambda self, acceptance: (told.append((self, acceptance)), trust(self, acceptance))[1])
+    run(files, "--compare", "--no-gate", "--num-speculative-tokens", "auto")
+    static = load(files / "draft.pt")[1]
+    arms = {name: [(weights, rule) for n, weights, rule in served if (name == "online") == (n == 5) and (weights is None) == (name == "plain")] for name in aurora.ARMS}
+    assert [len(arm) for arm in arms.values()] == [6, 6, 6] and all(rule == 0 for _, rule in arms["plain"])
+    assert all(same(static, weights) for weights, _ in arms["static"]) and not same(static, arms["online"][0][0])
+    (fixed,), (moving,) = ({id(rule): rule for _, rule in arms[name]}.values() for name in ("static", "online"))
+    assert fixed is not moving and fixed.stops_early and moving.stops_early
+    assert len(told) == 6 and all(rule is moving and len(acceptance) == 4 and min(acceptance) > 0 for rule, acceptance in told)
+
+
+def test_only_drafts_with_probabilities_stop_early(monkeypatch):
+    from draft import NGram
+
+    monkeypatch.setattr(aurora, "seconds_per_round", lambda *_: [1.0] * 9)
+    target = tiny_target()
+    small, args = SmallModel(tiny_config(num_hidden_layers=2)), aurora.arguments(["--compare"])
+    rules = [aurora.draft_lengths(target, draft, None, args)["online"] for draft in (tiny_draft(target), small, NGram(target.config))]
+    assert [rule.stops_early for rule in rules] == [True, True, False]
+
+
+@pytest.mark.parametrize("flags, learning, cuts", [([], True, False), (["--no-learn"], False, False), (["--top-p", "0.9"], True, True)])
+def test_compiled_serving_is_told_what_learns_and_what_cuts(files, monkeypatch, flags, learning, cuts):
+    """Weights that learn must not be packed into graphs: what is published would never serve."""
+    seen = []
+    monkeypatch.setattr(aurora, "compile_forwards", lambda *a, **k: seen.append((a, k)))
+    run(files, "--compile", "--compare", *flags)
+    ((_, (served, static), slots, learns), more), = seen
+    assert (learns is served) == learning and (learns is None) != learning and static is not served and more == {"cuts": cuts} and slots >= 192
+
+
+def test_the_table_holds_what_was_recorded(capsys):
+    """Two answers of known rounds and seconds; plain decoding beside them."""
+    journal = aurora.Journal(SimpleNamespace(no_learn=False, log=None), 2)
+
+    def record(arm, seconds, drafted, accepted):
+        trace = SimpleNamespace(draft_tokens=torch.tensor([[5] * n + [-1] * (4 - n) for n in drafted]), num_accepted=torch.tensor(accepted),
+                                ids=torch.zeros(3 + sum(accepted) + len(accepted)), prompt_length=3, version=0)
+        return journal.record(arm, Request([256], 99, 0, 1.0, "a"), trace, seconds)
+
+    record("plain", 2.0, [0] * 8, [0] * 8)
+    for seconds, drafted, accepted in ((1.0, [4, 0, 2], [3, 0, 2]), (3.0, [1, 0], [0, 0])):  # 8 and 2 tokens
+        journal.learned(record("online", seconds, drafted, accepted), False, 0.5, 1.0)
+    (line,) = [r for r in journal.records if r["arm"] == "plain"]
+    assert (line["rounds"], line["plain_rounds"]) == (0, 8)
+    s = journal.report()["a"]["online"]
+    assert s["tokens"] == 10 and s["tokens_per_second"] == 2.5 and s["tokens_per_second_with_learning"] == 2.0 and s["drafted_per_round"] == 7 / 5
+    assert s["mean_acceptance_length"] == pytest.approx(1 + 5 / 3) and s["acceptance_per_position"] == pytest.approx([2 / 3, 2 / 3, 1 / 3, 0])
+    assert (s["latency_p50"], s["latency_p95"]) == (3.0, 3.0) and s["learn_seconds"] == 2.0
+    assert aurora.overlap([r for r in journal.records if r["arm"] == "online"]) == pytest.approx(5 / 7)  # two of those tested were rejected
+    journal.print()
+    _, plain, online = [line.split() for line in capsys.readouterr().out.splitlines()[:3]]
+    assert plain[:6] == ["a", "plain", "1", "4.0", "4.0", "1.00"]
+    assert online == "a online 2 2.5 2.0 0.62 1.4 2.67 0.67 0.67 0.33 0.00 3.00 3.00 0.50".split()
+
+
+def test_answers_are_examined_class_by_class():
+    """Each class by its own answers, and as by hand."""
+    target = tiny_target(gain=2.0)
+    draft, asked = tiny_draft(target), [replace(request(seed=i, new=20), kind="ab"[i % 2]) for i in range(4)]
+    found = aurora.examination(target, asked)(draft)
+    for kind in "ab":
+        lengths = [rl.expected_length(rl.acceptance_on(draft, generate(target, None, r, 0)[0], aurora.EXAMINED)) for r in asked if r.kind == kind]
+        assert found[kind] == pytest.approx(sum(lengths) / 2, abs=1e-4)
+    assert abs(found["a"] - found["b"]) > 1e-3
+
+
 @pytest.mark.parametrize("more", [["--compare"], ["--compare", "--no-learn"], []])
 def test_a_plot_of_whatever_there_is(files, tmp_path, monkeypatch, more):
     """Classes in turn, and a run that ends in the middle of a comparison: each dot at its request, no more dots than requests."""
@@ -1725,6 +1845,13 @@ def test_learning_beside_serving_depends_on_no_clock(files, tmp_path, monkeypatc
     saved = lambda name: torch.load(tmp_path / f"{name}/v000006/draft.pt")["weights"] | torch.load(tmp_path / f"{name}/v000006.learner.pt")["weights"]
     assert all(same(saved("update"), saved(name)) for name in ("generate", "neither", "apart"))
     assert torch.load(tmp_path / "apart/v000006.learner.pt")["updates"] == 6
+
+
+def test_updates_that_are_not_due_come_back_from_the_other_process(files, tmp_path, here):
+    """Six updates, a version after four: the two that are left make the one that is saved."""
+    here()
+    run(files, "--no-gate", "--publish-every", "4", "--save", f"{tmp_path}/kept")
+    assert (tmp_path / "kept/latest").read_text() == "v000002\n"
 
 
 def test_trouble_in_the_other_process_is_told_and_the_draft_kept(files, tmp_path, here):
@@ -3008,6 +3135,19 @@ def test_the_learner_cuts_as_serving_did(K=3):
         given_back = verified.isfinite() & ~finite
         more, same = more + int(given_back.any(-1).sum()), same + int((~given_back.any(-1)).sum())
     assert more and same, "one of the two cases never occurred"
+
+
+@pytest.mark.parametrize("top_p, top_k", [(0.7, 0), (1.0, 4), (0.9, 5)])
+def test_the_target_is_cut_before_it_is_seen_in_a_pruned_vocabulary(top_p, top_k):
+    """The ids that the draft cannot say are cut one by one, as in serving, not as the one that stands for them all."""
+    target = tiny_target(gain=2.0, dtype=torch.float64)
+    draft = Draft(target, vocabulary=torch.tensor([0, 2, 3, 7, 8, 11, 15])).double()
+    trace, _ = generate(target, draft, Request(request().prompt, 40, 0, 0.9, "", top_p, top_k), 3)
+    rows, _ = rl.target_rows(draft, trace, trace.target_hidden, trace.draft_tokens)
+    served = verify.Sampling([(0.9, top_p, top_k)]).filter(target_logits(trace))
+    p = (served / 0.9).softmax(-1)[..., draft.vocabulary]
+    assert (p == 0).any()
+    torch.testing.assert_close((rows / 0.9).softmax(-1)[..., :-1], p)
 
 
 @pytest.mark.parametrize("top_p, top_k", [(0.7, 0), (1.0, 4), (1.0, 0)])
