@@ -566,17 +566,25 @@ def test_rounds_of_every_length_are_timed_in_any_context(context):
     assert len(seconds) == serve.LONGEST + 1 and min(seconds) > 0
 
 
-def test_each_length_is_given_its_own_seconds(monkeypatch):
-    """By a clock that only rounds move: K drafted tokens take 1 + K."""
-    target, clock, round = tiny_target(), [0.0], Generation.round
+@pytest.mark.parametrize("name", ["head", "ngram"])
+def test_each_length_is_given_its_own_seconds(name, monkeypatch):
+    """By a clock that only rounds move: one that drafted K tokens takes 1 + K, and a plain one after drafting twice as long as one
+    after a dozen plain ones."""
+    from draft import NGram
+
+    target, clock, plain, round = tiny_target(gain=2.0), [0.0], [0], Generation.round
+    draft = NGram(target.config) if name == "ngram" else tiny_draft(target)
+    asking(target, draft)
 
     def timed(self, K):
-        clock[0] += 1 + K
-        return round(self, K)
+        output = round(self, K)
+        plain[0] = 0 if K else plain[0] + 1
+        clock[0] += 1 + self.drafted[0] + (not K and plain[0] < 12)
+        return output
 
     monkeypatch.setattr(Generation, "round", timed)
     monkeypatch.setattr(serve.time, "perf_counter", lambda: clock[0] / 1e6)
-    assert serve.seconds_per_round(target, tiny_draft(target), 0.0) == pytest.approx([(1 + K) / 1e6 for K in range(9)])
+    assert serve.seconds_per_round(target, draft, 1.0) == pytest.approx([(1 + K) / 1e6 for K in range(9)])
 
 
 @pytest.mark.parametrize("cost, best", [(0.01, 7), (0.02, 6), (0.05, 4), (0.1, 3)])
