@@ -31,7 +31,7 @@ from model import MLP, Attention, Cache, RMSNorm, Transformer, UserError, add_ta
 
 
 PRIOR = 0.7  # acceptance of a place of which nothing is known
-PROBING = 0.005  # of the last thousand rounds' time: what probing may add to it
+PROBING = 0.005  # of the last thousand rounds' time: what probing may lose of it
 BONUS, BONUS_ROUNDS = 1.2, 20  # chains that stop early are taken to make a fifth more than the best fixed length, as if seen so often
 
 
@@ -73,15 +73,16 @@ class DraftLength:
     drafting pays at all.  Either way is lossless, since whether a place is drafted depends on the tokens before it alone.
 
     Where drafting does not pay, a round probes now and then: K = 1 or, of a draft that stops early, as long as it is
-    confident.  By `seconds`, probes add PROBING to the time; what the draft then has to read, all that was said since the last
-    probe, takes about twice as much again.  A place that was hardly tested of late is taken to be as it was in the long run,
+    confident.  By `seconds`, probes lose PROBING of the time to plain decoding, no more; where drafting nearly pays that is many
+    probes, and hardly any where it is worthless.  What the draft then has to read, all that was said since the last probe,
+    takes up to twice as much again.  A place that was hardly tested of late is taken to be as it was in the long run,
     so that after text that was too hard for it a good draft soon tries again."""
 
     def __init__(self, seconds, stops_early=False):
         self.longest, self.seconds, self.stops_early, self.pays = len(seconds) - 1, seconds, stops_early, True
         self.long_run, self.recent = ([[0.0, 0.0] for _ in range(self.longest)] for _ in range(2))  # acceptances and tests of each place
         self.recent_tokens = self.recent_seconds = 0.0  # of rounds that drafted
-        self.spent = self.probed = 0.0  # seconds of all rounds; of those, what probing added
+        self.spent = self.probed = 0.0  # seconds of the last thousand rounds or so; how many of them probing lost
 
     def survival(self):
         """S_1, S_2, ..; a place that was hardly reached of late is as in the long run, and one that never was like the one before it."""
@@ -123,8 +124,9 @@ class DraftLength:
 
     def observe(self, drafted, accepted, seconds):
         """A round took `seconds`; of each row, how many tokens it drafted and how many of them were accepted."""
-        added = 0.0 if self.pays else max(0.0, 1 - self.seconds[0] / self.seconds[max(drafted)])  # a share: machines change their speed
-        self.spent, self.probed = 0.999 * self.spent + seconds, 0.999 * self.probed + seconds * added
+        made = 1 + sum(accepted) / len(accepted)  # tokens a row; plain decoding takes seconds[0] for each
+        lost = 0.0 if self.pays else 1 - made * self.seconds[0] / self.seconds[max(drafted)]  # a share: machines change their speed
+        self.spent, self.probed = 0.999 * self.spent + seconds, 0.999 * self.probed + seconds * lost
         for K, n in zip(drafted, accepted):
             self.recent_tokens = 0.99 * self.recent_tokens + (n + 1 if K else 0)  # forgotten with every round, drafted or not: text changes
             self.recent_seconds = 0.99 * self.recent_seconds + (self.seconds[K] if K else 0)
