@@ -32,6 +32,7 @@ from model import MLP, Attention, Cache, RMSNorm, Transformer, UserError, add_ta
 
 PRIOR = 0.7  # acceptance of a place of which nothing is known
 PROBING = 0.005  # of the last thousand rounds' time: what probing may lose of it
+AFRESH = 6  # plain rounds: what probing may lose at the beginning of an answer, if the draft is always accepted in the long run
 BONUS, BONUS_ROUNDS = 1.2, 20  # chains that stop early are taken to make a fifth more than the best fixed length, as if seen so often
 
 
@@ -45,6 +46,9 @@ class FixedLength:
 
     def __init__(self, K):
         self.longest = K
+
+    def begin(self):
+        pass
 
     def choose(self):
         return self.longest, None
@@ -75,7 +79,8 @@ class DraftLength:
     Where drafting does not pay, a round probes now and then: K = 1 or, of a draft that stops early, as long as it is
     confident.  By `seconds`, probes lose PROBING of the time to plain decoding, no more; where drafting nearly pays that is many
     probes, and hardly any where it is worthless.  What the draft then has to read, all that was said since the last probe,
-    takes up to twice as much again.  A place that was hardly tested of late is taken to be as it was in the long run,
+    takes up to twice as much again.  Every answer is another text, so it begins with probes, the more the better the draft was in
+    the long run.  A place that was hardly tested of late is taken to be as it was in the long run,
     so that after text that was too hard for it a good draft soon tries again."""
 
     def __init__(self, seconds, stops_early=False):
@@ -107,6 +112,12 @@ class DraftLength:
             return rates[K]
         guessed = BONUS_ROUNDS * self.seconds[K]
         return (BONUS * rates[K] * guessed + self.recent_tokens) / (guessed + self.recent_seconds)
+
+    def begin(self):
+        """Another answer."""
+        accepted, tested = self.long_run[0]
+        acceptance = (accepted + 5 * PRIOR) / (tested + 5)
+        self.probed = min(self.probed, PROBING * self.spent - AFRESH * acceptance**2 * self.seconds[0])
 
     def choose(self):
         """-> the most tokens that the next round may draft; and if it may stop early the confidence, after 1, 2, .. tokens, below

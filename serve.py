@@ -151,6 +151,7 @@ class Generation:
 
 def decode(generation, draft_length):
     """Round after round until every request is complete, each as long as `draft_length` says."""
+    draft_length.begin()
     while not generation.done:
         begun = time.perf_counter()
         output = generation.round(*draft_length.choose())

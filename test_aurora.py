@@ -454,6 +454,9 @@ class Changing:
     def __init__(self, *lengths, min_confidence=None):
         self.lengths, self.longest, self.min_confidence = itertools.cycle(lengths), max(lengths), min_confidence
 
+    def begin(self):
+        pass
+
     def choose(self):
         return next(self.lengths), self.min_confidence
 
@@ -680,6 +683,32 @@ def test_a_bad_start_seldom_silences_a_good_draft():
                 tokens, clock = tokens + min(K, n) + 1, clock + seconds[K]
         gains.append(tokens / clock)
     assert sum(gain < 1.1 for gain in gains) <= 2 and sum(gains) / 32 > 1.25, sorted(gains)[:6]
+
+
+def test_every_answer_begins_with_probes_of_a_draft_that_was_any_good():
+    """Answers of 100 rounds, the first one of text that is too hard: of the easy ones that follow, few are decoded plainly.  A
+    worthless draft is hardly asked."""
+    seconds, easy = [1.0] + [1.5 + 0.25 * K for K in range(1, 9)], []
+    for seed in range(8):
+        draws, chooser, worthless = random.Random(seed), DraftLength(seconds, stops_early=True), [0.0, 0.0]
+        poor = DraftLength(seconds, stops_early=True)
+        for answer in range(6):
+            chooser.begin(), poor.begin()
+            tokens = clock = 0.0
+            for _ in range(100):
+                q = draws.choices([0.5, 0.9, 0.98] if answer else [0.2, 0.4, 0.6], k=8)
+                n = next((k for k in range(8) if draws.random() >= q[k]), 8)
+                K = ends(q, *chooser.choose())
+                chooser.observe([K], [min(K, n)], seconds[K])
+                tokens, clock = tokens + min(K, n) + 1, clock + seconds[K]
+                K = ends([0.02] * 8, *poor.choose())
+                n = int(K > 0 and draws.random() < 0.02)
+                poor.observe([K], [n], seconds[K])
+                if answer:
+                    worthless = [worthless[0] + n + 1, worthless[1] + seconds[K]]
+            easy += [tokens / clock] if answer else []
+        assert worthless[0] / worthless[1] > 0.98
+    assert sum(gain < 1.1 for gain in easy) <= 4 and sum(easy) / len(easy) > 1.28, (sorted(easy)[:8], sum(easy) / len(easy))
 
 
 @pytest.mark.parametrize("seed", range(3))
