@@ -74,7 +74,7 @@ class DraftLength:
     After k tokens that have probability c together (its confidence), going on to m > k of them adds c (S_{k+1} + .. + S_m) / S_k
     tokens to expect and takes seconds[m] - seconds[k].  It stops when no m is worth its time at the rate, in tokens per
     second, of recent rounds that drafted.  That rate, which begins as an optimistic guess (`drafting`), also says whether
-    drafting pays at all.  Either way is lossless, since whether a place is drafted depends on the tokens before it alone.
+    drafting pays at all.  Either way is lossless, since whether a place is drafted never depends on the token that will stand there.
 
     Where drafting does not pay, a round probes now and then: K = 1 or, of a draft that stops early, as long as it is
     confident.  By `seconds`, probes lose PROBING of the time to plain decoding, no more; where drafting nearly pays that is many
