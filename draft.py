@@ -78,10 +78,10 @@ class DraftLength:
 
     Where drafting does not pay, a round probes now and then: K = 1 or, of a draft that stops early, as long as it is
     confident.  By `seconds`, probes lose PROBING of the time to plain decoding, no more; where drafting nearly pays that is many
-    probes, and hardly any where it is worthless.  What the draft then has to read, all that was said since the last probe,
-    takes up to twice as much again.  Every answer is another text, so it begins with probes, the more the better the draft was in
-    the long run.  A place that was hardly tested of late is taken to be as it was in the long run,
-    so that after text that was too hard for it a good draft soon tries again."""
+    probes, and hardly any where it is worthless.  Not counted is what the draft then has to read, all that was said since the
+    last probe.  Every answer is another text, so it begins with probes, the more the better the draft was in the long run.  A
+    place that was hardly tested of late is taken to be as it was in the long run, so that after text that was too hard for it a
+    good draft soon tries again."""
 
     def __init__(self, seconds, stops_early=False):
         self.longest, self.seconds, self.stops_early, self.pays = len(seconds) - 1, seconds, stops_early, True
@@ -114,7 +114,7 @@ class DraftLength:
         return (BONUS * rates[K] * guessed + self.recent_tokens) / (guessed + self.recent_seconds)
 
     def begin(self):
-        """Another answer."""
+        """Another answer: probes have credit again, the more the oftener first tokens were accepted in the long run."""
         accepted, tested = self.long_run[0]
         acceptance = (accepted + 5 * PRIOR) / (tested + 5)
         self.probed = min(self.probed, PROBING * self.spent - AFRESH * acceptance**2 * self.seconds[0])
@@ -129,7 +129,6 @@ class DraftLength:
             return 0, None
         if not self.stops_early:
             return rates.index(rate) if self.pays else 1, None
-        rate = max(rate, rates[0])
         return self.longest, [min(rate * (t[m] - t[k]) * S[k - 1] / sum(S[k:m]) for m in range(k + 1, self.longest + 1))
                               for k in range(1, self.longest)]
 

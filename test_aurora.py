@@ -733,9 +733,10 @@ def test_the_learners_estimate_fills_in_where_rounds_did_not_look():
     chooser = DraftLength([1.0] + [1.2 + 0.1 * K for K in range(1, 4)])
     for _ in range(50):
         chooser.observe([1], [1], 1.2)
-    (kept, seen), *_ = chooser.recent
+    ((kept, seen), *_), tokens, seconds = chooser.recent, chooser.recent_tokens, chooser.recent_seconds
     chooser.trust([0.1, 0.6, 0.5])
     assert chooser.recent[0] == pytest.approx([0.7 * kept, 0.7 * seen]) and chooser.long_run[1] == pytest.approx([6, 10])
+    assert (chooser.recent_tokens, chooser.recent_seconds) == pytest.approx((0.7 * tokens, 0.7 * seconds))
     chooser.trust([0.1, 0.2, 0.5])
     assert chooser.long_run[1] == pytest.approx([0.8 * 6 + 2, 18]) and 0.3 < chooser.survival()[0] < 1
     chooser.trust([0.1])  # what it does not estimate is forgotten all the same
@@ -743,6 +744,55 @@ def test_the_learners_estimate_fills_in_where_rounds_did_not_look():
     for _ in range(30):
         chooser.trust([0.1, 0.6, 0.5])
     assert chooser.survival()[0] == pytest.approx((50 * 0.1 + 5 * 0.7) / (50 + 5), rel=0.02)  # what it says, and a little of the prior
+
+
+def test_what_was_seen_of_a_place_is_forgotten():
+    """A place that chains no longer get to is soon as in the long run, and the long run is of some hundreds of tests."""
+    chooser = DraftLength([1.0] + [1.2 + 0.1 * K for K in range(1, 4)])
+    chooser.trust([0.9] * 3, 1e3)
+    for _ in range(60):
+        chooser.observe([2], [1], 1.4)  # the second place is rejected
+    S = chooser.survival()
+    assert S[1] / S[0] < 0.2
+    for _ in range(100):
+        chooser.observe([1], [1], 1.3)
+    S = chooser.survival()
+    assert S[1] / S[0] > 0.8
+    for _ in range(2000):
+        chooser.observe([1], [0], 1.3)
+    assert chooser.long_run[0][0] < 0.05 * chooser.long_run[0][1] and chooser.long_run[0][1] == pytest.approx(500, rel=0.05)
+
+
+def test_a_probe_of_many_rows_loses_what_it_takes_over_the_tokens_of_a_row():
+    """Two rows that drafted 3 and 0 tokens, of which one was kept: a row made 1.5 tokens in the time of three drafted ones."""
+    chooser = DraftLength([1.0, 1.5, 2.0, 2.5])
+    chooser.pays = False
+    chooser.observe([3, 0], [1, 0], 5.0)
+    assert chooser.spent == 5.0 and chooser.probed == pytest.approx(5.0 * (1 - 1.5 / 2.5))
+    assert chooser.recent[0] == [1.0 * 0.99, 1.0 * 0.99]  # one row put its first place to the test
+
+
+def test_the_rule_hears_of_every_answer_and_of_every_round():
+    told = []
+
+    class Rule(FixedLength):
+        def begin(self):
+            told.append("begins")
+
+        def choose(self):
+            told.append("chooses")
+            return self.longest, None
+
+        def observe(self, drafted, accepted, seconds):
+            told.append((drafted, accepted))
+            assert seconds > 0
+
+    target = tiny_target(gain=2.0)
+    draft, rule, expected = tiny_draft(target), Rule(2), []
+    for seed in range(2):
+        trace, _ = generate(target, draft, request(seed=seed), rule)
+        expected += ["begins"] + [x for n in trace.num_accepted.tolist() for x in ("chooses", ((2,), (n,)))]
+    assert told == expected
 
 
 @pytest.mark.parametrize("stops_early", [False, True])
@@ -3729,16 +3779,30 @@ def test_bfloat16_differs_at_near_ties_only(monkeypatch, gap=0.35):
     assert (log_p.amax(-1) - said).max() < gap
 
 
-def test_the_profile_adds_up_and_leaves_no_trace(capsys):
-    target = tiny_target(max_position_embeddings=256)
-    draft = tiny_draft(target)
-    rounds = serve.profile(target, draft, 40)
-    assert rounds[0][1] == 0 and all(len(parts) == len(serve.PARTS) and min(parts) > 0 for K, parts in rounds.items() if K)
-    assert not {"verify", "propose"} & (vars(target).keys() | vars(draft).keys()) and serve.accept is accept
+@pytest.mark.parametrize("name", ["head", "ngram"])
+def test_the_profile_adds_up_and_leaves_no_trace(name, monkeypatch, capsys):
+    """Every round drafts as many tokens as it is timed for, also by a prompt lookup that would find none, and on a target all of
+    whose tokens would end an answer."""
+    from draft import NGram
+
+    target, round = tiny_target(max_position_embeddings=256, eos_token_ids=tuple(range(17))), Generation.round
+    draft = NGram(target.config) if name == "ngram" else tiny_draft(target)
+    asking(target, draft)
+    monkeypatch.setattr(NGram, "lookup", lambda self, text, K: torch.full((K,), -1))
+
+    def drafting(self, K):
+        output = round(self, K)
+        assert self.drafted == [K]
+        return output
+
+    monkeypatch.setattr(Generation, "round", drafting)
     serve.print_profile(target, draft, target.config.max_position_embeddings, False)
     lines = capsys.readouterr().out.splitlines()
     shares = [[int(x) for x in re.findall(r"(\d+)%", line)] for line in lines if line[:1].isdigit()]
     assert len(shares) >= 5 and all(98 <= sum(row) <= 102 for row in shares), lines
+    rounds = serve.profile(target, draft, 40)
+    assert rounds[0][1] == 0 and all(len(parts) == len(serve.PARTS) and min(parts) > 0 for K, parts in rounds.items() if K)
+    assert not {"verify", "propose", "lookup"} & (vars(target).keys() | vars(draft).keys()) and serve.accept is accept
 
 
 def test_a_sweep_serves_every_length_in_turn_and_compares_what_is_found_with_the_best(monkeypatch, capsys):
