@@ -1966,6 +1966,25 @@ def test_trouble_in_the_other_process_is_told_and_the_draft_kept(files, tmp_path
     assert all(p.isfinite().all() for p in kept[0].parameters()) and kept[1]["updates"] == 1
 
 
+def test_what_was_learned_before_trouble_is_kept_though_it_never_served(files, tmp_path, monkeypatch):
+    """No version is due before the hundredth update; the fourth breaks off, and the three before it are what is saved."""
+    learn = rl.Learner.learn
+
+    def breaks(self, trace, steps):
+        if self.updates == 3:
+            raise UserError("trouble")
+        return learn(self, trace, steps)
+
+    monkeypatch.setattr(rl.Learner, "learn", breaks)
+    with pytest.raises(UserError, match="trouble"):
+        run(files, "--draft", "static", "--no-gate", "--publish-every", "100", "--save", f"{tmp_path}/kept")
+    assert (tmp_path / "kept/latest").read_text() == "v000001\n"
+    weights, state = torch.load(tmp_path / "kept/v000001/draft.pt")["weights"], torch.load(tmp_path / "kept/v000001.learner.pt")
+    began = torch.load(files / "draft.pt")["weights"]
+    assert state["updates"] == 3 and all(torch.equal(weights[name], p) for name, p in state["average"].items())
+    assert any(not torch.equal(weights[name], began[name]) for name in state["average"])
+
+
 def test_the_draft_that_serves_is_examined_on_answers_nobody_learns_from(files, tmp_path, monkeypatch):
     """A version every two requests, so every other update leaves what serves, and its examination, as it was; the static
     draft and a run that does not learn stay where they are.  Examined prompts are of files that no traffic is cut from."""
