@@ -339,6 +339,7 @@ def profile(target, draft, context):
 
     with ExitStack() as wrappers:
         wrappers.enter_context(always_drafting(draft))
+        wrappers.enter_context(patch.object(target.config, "eos_token_ids", ()))  # an answer that ended would leave some lengths untimed
         for part, owner, name in (("target", target, "verify"), ("draft", draft, "propose"), ("acceptance", sys.modules[__name__], "accept")):
             wrappers.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
         for seed in range(8):
@@ -368,7 +369,6 @@ def read_bandwidth(size):
 
 def print_profile(target, draft, context, compiled, learning=None):
     """Where a round goes, how far the target is from the physical floor, and how a round grows with its context, up to `context`."""
-    target.config.eos_token_ids = ()  # an answer that ended would leave some lengths untimed
     weight = target.lm_head.weight
     table = 0 if target.config.tie_word_embeddings else target.model.embed_tokens.weight.numel()  # a row of it is read
     size = (sum(p.numel() for p in target.parameters()) - table) * weight.element_size()

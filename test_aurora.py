@@ -628,6 +628,20 @@ def ends(q, K, min_confidence):
     return next((k for k in range(1, K) if min_confidence and math.prod(q[:k]) < min_confidence[k - 1]), K)
 
 
+def play(chooser, q, draws):
+    """A round, by a clock, in which tokens are kept as often as the draft holds them probable, q -> tokens made, seconds, drafted."""
+    n = next((k for k in range(8) if draws.random() >= q[k]), 8)
+    K = ends(q, *chooser.choose())
+    chooser.observe([K], [min(K, n)], chooser.seconds[K])
+    return min(K, n) + 1, chooser.seconds[K], K
+
+
+def speed(played):
+    """Of rounds as `play` returns them: tokens a second."""
+    made, taken, _ = zip(*played)
+    return sum(made) / sum(taken)
+
+
 def test_a_draft_that_stops_early_drafts_as_long_as_that_pays():
     """Tokens are kept as often as the draft held them probable, now hardly, now surely.  Ending chains by that beats every fixed
     length by 5 % at least, and comes to within 3 % of the best single threshold on the confidence; where all is doubtful there
@@ -673,42 +687,26 @@ def test_a_bad_start_seldom_silences_a_good_draft():
     gain less than a tenth.  Where a probe is put down as a loss, be its token accepted or not, five do."""
     seconds, gains = [1.0] + [1.5 + 0.25 * K for K in range(1, 9)], []
     for hard, seed in itertools.product([[0.1, 0.5], [0.3, 0.5], [0.2, 0.4, 0.6], [0.05, 0.2]], range(8)):
-        draws, chooser, tokens, clock = random.Random(seed), DraftLength(seconds, stops_early=True), 0, 0.0
-        for round in range(650):
-            q = draws.choices([0.5, 0.9, 0.98] if round >= 150 else hard, k=8)
-            n = next((k for k in range(8) if draws.random() >= q[k]), 8)
-            K = ends(q, *chooser.choose())
-            chooser.observe([K], [min(K, n)], seconds[K])
-            if round >= 150:
-                tokens, clock = tokens + min(K, n) + 1, clock + seconds[K]
-        gains.append(tokens / clock)
+        draws, chooser = random.Random(seed), DraftLength(seconds, stops_early=True)
+        played = [play(chooser, draws.choices([0.5, 0.9, 0.98] if round >= 150 else hard, k=8), draws) for round in range(650)]
+        gains.append(speed(played[150:]))
     assert sum(gain < 1.1 for gain in gains) <= 2 and sum(gains) / 32 > 1.25, sorted(gains)[:6]
 
 
 def test_every_answer_begins_with_probes_of_a_draft_that_was_any_good():
-    """Answers of 100 rounds, the first one of text that is too hard: of the easy ones that follow, few are decoded plainly.  A
-    worthless draft is hardly asked."""
+    """Answers of 100 rounds, the first one of text that is too hard: of 160 easy ones that follow, few are decoded plainly.  A
+    worthless draft is hardly asked.  Where answers do not begin with probes, 28 are slow, and the mean is 1.31."""
     seconds, easy = [1.0] + [1.5 + 0.25 * K for K in range(1, 9)], []
-    for seed in range(8):
-        draws, chooser, worthless = random.Random(seed), DraftLength(seconds, stops_early=True), [0.0, 0.0]
-        poor = DraftLength(seconds, stops_early=True)
+    for seed in range(32):
+        draws, chances = random.Random(seed), random.Random(seed)
+        good, poor, worthless = DraftLength(seconds, stops_early=True), DraftLength(seconds, stops_early=True), []
         for answer in range(6):
-            chooser.begin(), poor.begin()
-            tokens = clock = 0.0
-            for _ in range(100):
-                q = draws.choices([0.5, 0.9, 0.98] if answer else [0.2, 0.4, 0.6], k=8)
-                n = next((k for k in range(8) if draws.random() >= q[k]), 8)
-                K = ends(q, *chooser.choose())
-                chooser.observe([K], [min(K, n)], seconds[K])
-                tokens, clock = tokens + min(K, n) + 1, clock + seconds[K]
-                K = ends([0.02] * 8, *poor.choose())
-                n = int(K > 0 and draws.random() < 0.02)
-                poor.observe([K], [n], seconds[K])
-                if answer:
-                    worthless = [worthless[0] + n + 1, worthless[1] + seconds[K]]
-            easy += [tokens / clock] if answer else []
-        assert worthless[0] / worthless[1] > 0.98
-    assert sum(gain < 1.1 for gain in easy) <= 4 and sum(easy) / len(easy) > 1.28, (sorted(easy)[:8], sum(easy) / len(easy))
+            good.begin(), poor.begin()
+            played = [play(good, draws.choices([0.5, 0.9, 0.98] if answer else [0.2, 0.4, 0.6], k=8), draws) for _ in range(100)]
+            worthless.append([play(poor, [0.02] * 8, chances) for _ in range(100)])
+            easy += [speed(played)] if answer else []
+        assert speed(itertools.chain(*worthless[1:])) > 0.98
+    assert sum(gain < 1.1 for gain in easy) <= 10 and sum(easy) / len(easy) > 1.34, (sorted(easy)[:8], sum(easy) / len(easy))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -801,24 +799,17 @@ def test_after_text_that_was_too_hard_drafting_soon_comes_back(stops_early):
     there had been none.  A worthless draft, of which nothing else was ever seen, is not given that chance."""
     seconds, draws = [1.0] + [1.4 + 0.23 * K for K in range(1, 9)], random.Random(0)
 
-    def speed(chooser, count, chances):
-        tokens, clock, drafted = 0, 0.0, 0
-        for _ in range(count):
-            q = draws.choices(chances, k=8)
-            n = next((k for k in range(8) if draws.random() >= q[k]), 8)
-            K = ends(q, *chooser.choose())
-            chooser.observe([K], [min(K, n)], seconds[K])
-            tokens, clock, drafted = tokens + min(K, n) + 1, clock + seconds[K], drafted + (K > 0)
-        return tokens / clock, drafted / count
+    def rounds(chooser, count, chances):
+        return [play(chooser, draws.choices(chances, k=8), draws) for _ in range(count)]
 
     easy, hard = [0.6, 0.9, 0.98], [0.02, 0.1]
     chooser, worthless = (DraftLength(seconds, stops_early=stops_early) for _ in range(2))
-    before, _ = speed(chooser, 1000, easy)
-    assert before > 1.4 and speed(chooser, 3000, hard)[0] > 0.92
-    speed(chooser, 300, easy)
-    assert speed(chooser, 500, easy)[0] > 0.95 * before
-    slow, drafted = speed(worthless, 3000, hard)
-    assert slow > 0.97 and drafted < 0.05
+    before = speed(rounds(chooser, 1000, easy))
+    assert before > 1.4 and speed(rounds(chooser, 3000, hard)) > 0.92
+    rounds(chooser, 300, easy)
+    assert speed(rounds(chooser, 500, easy)) > 0.95 * before
+    played = rounds(worthless, 3000, hard)
+    assert speed(played) > 0.97 and sum(K > 0 for _, _, K in played) < 0.05 * 3000
 
 
 @pytest.mark.parametrize("stops_early", [False, True])
@@ -827,10 +818,7 @@ def test_a_long_good_time_buys_no_long_time_of_probes(stops_early):
     seconds, draws = [1.0] + [1.4 + 0.23 * K for K in range(1, 9)], random.Random(0)
     chooser, drafted = DraftLength(seconds, stops_early=stops_early), []
     for round in range(22_000):
-        q = [0.9 if round < 20_000 else 0.02] * 8
-        K = ends(q, *chooser.choose())
-        n = next((k for k in range(K) if draws.random() >= q[k]), K)
-        chooser.observe([K], [n], seconds[K])
+        _, _, K = play(chooser, [0.9 if round < 20_000 else 0.02] * 8, draws)
         drafted.append(K > 0)
     assert all(drafted[19_000:20_000]) and sum(drafted[20_500:21_500]) < 100
 
@@ -3815,13 +3803,14 @@ def test_the_profile_adds_up_and_leaves_no_trace(name, monkeypatch, capsys):
         return output
 
     monkeypatch.setattr(Generation, "round", drafting)
+    rounds = serve.profile(target, draft, 40)
+    assert rounds[0][1] == 0 and all(len(parts) == len(serve.PARTS) and min(parts) > 0 for K, parts in rounds.items() if K)
+    assert not {"verify", "propose", "lookup"} & (vars(target).keys() | vars(draft).keys()) and serve.accept is accept
+    assert target.config.eos_token_ids == tuple(range(17))
     serve.print_profile(target, draft, target.config.max_position_embeddings, False)
     lines = capsys.readouterr().out.splitlines()
     shares = [[int(x) for x in re.findall(r"(\d+)%", line)] for line in lines if line[:1].isdigit()]
     assert len(shares) >= 5 and all(98 <= sum(row) <= 102 for row in shares), lines
-    rounds = serve.profile(target, draft, 40)
-    assert rounds[0][1] == 0 and all(len(parts) == len(serve.PARTS) and min(parts) > 0 for K, parts in rounds.items() if K)
-    assert not {"verify", "propose", "lookup"} & (vars(target).keys() | vars(draft).keys()) and serve.accept is accept
 
 
 def test_a_sweep_serves_every_length_in_turn_and_compares_what_is_found_with_the_best(monkeypatch, capsys):
