@@ -1,0 +1,88 @@
+"""The memory: what was said before proposes what followed it then.
+
+Learned at once, for nothing, and lossless: guesses are proposed outright, so draft_q is one-hot.
+Production systems have shown how far that goes (SuffixDecoding 2411.04975).  Here it is the match
+search of LZ77: a table leads from a hash of the last few tokens to the latest place where they
+stood, and every place to the one before it; a handful of them are extended backwards, and the
+longest match counts, of equals the latest.
+
+For example, after "the cat sat. the cat" the last tokens "the cat" stood once before, and what
+followed them was " sat".
+
+A place is entered as soon as something has followed it, so a text never finds its own end.  A copy
+that reaches the end of the text goes on with itself: "abcabc" is followed by "abcabc..".
+"""
+
+from array import array
+
+SHORTEST, LONGEST = 3, 32  # tokens of a match: what is hashed, and where comparing ends
+PLACES = 16  # compared at most
+BORDER = -1  # stands between texts: no token
+
+
+class Memory:
+    """Holds the last `capacity` tokens, 24 bytes each; older ones are written over."""
+
+    def __init__(self, capacity):
+        self.capacity, self.size = capacity, 0  # size: tokens ever put in
+        self.tokens = array("i", [BORDER]) * capacity  # a ring: place % capacity
+        self.before = array("q", [-1]) * capacity  # the last place of the same hash
+        buckets = 1 << max(4, (capacity - 1).bit_length())
+        self.latest = array("q", [-1]) * buckets
+        self.mask = buckets - 1
+
+    def extend(self, tokens):
+        """The text goes on with these."""
+        ring, before, latest, capacity, size = (
+            self.tokens, self.before, self.latest, self.capacity, self.size,
+        )
+        a, b, c = (ring[(size - n) % capacity] for n in (3, 2, 1))
+        for token in tokens:
+            key = self.hash(a, b, c)
+            before[(size - 1) % capacity] = latest[key]  # what has been followed can be found
+            latest[key] = size - 1
+            ring[size % capacity] = token
+            a, b, c, size = b, c, token, size + 1
+        self.size = size
+
+    def remember(self, text):
+        """A whole text: nothing else follows it."""
+        self.extend(text)
+        self.extend([BORDER])
+
+    def hash(self, a, b, c):
+        return (a * 0x9E3779B1 ^ b * 0x85EBCA77 ^ c * 0xC2B2AE3D) >> 7 & self.mask
+
+    def lookup(self, text, K):
+        """text: a list of tokens -> how many of its last tokens stood here before, 0 or between
+        SHORTEST and LONGEST, and at most K tokens that followed them."""
+        if len(text) < SHORTEST:
+            return 0, []
+        ring, capacity, oldest = self.tokens, self.capacity, max(0, self.size - self.capacity)
+        longest = min(LONGEST, len(text))
+        place, best, found = self.latest[self.hash(*text[-SHORTEST:])], SHORTEST - 1, -1
+        for _ in range(PLACES):
+            if place < oldest + best:  # forgotten, or too near to what is
+                break
+            if ring[(place - best) % capacity] == text[-1 - best]:  # else no longer than the best
+                n = 0
+                while n < longest and place - n >= oldest and (
+                    ring[(place - n) % capacity] == text[-1 - n]
+                ):
+                    n += 1
+                if n > best:
+                    best, found = n, place
+                if best == longest:
+                    break
+            place = self.before[place % capacity]
+        return (best, self.followed(found, K)) if found >= 0 else (0, [])
+
+    def followed(self, place, K):
+        """At most K tokens from behind this place, up to the end of its text."""
+        tokens, period = [], self.size - 1 - place
+        for i in range(K):
+            token = self.tokens[(place + 1 + i % period) % self.capacity]
+            if token == BORDER:
+                break
+            tokens.append(token)
+        return tokens

@@ -1,0 +1,185 @@
+"""The command line: every flag and default, once; and what can be refused before it is tried."""
+
+import argparse
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from model import UserError
+from support.corpus import CLASSES
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+STATIC = {"static": str(WEIGHTS / "draft.pt"), "static-python": str(WEIGHTS / "draft-python.pt")}
+ESTIMATORS = ("log", "expected", "reinforce", "reinforce_textbook", "kl")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def whole(low, high=2**31 - 1):
+    def number(text):
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text}")
+        return value
+
+    return number
+
+
+def length(text):
+    return text if text == "auto" else whole(1, 64)(text)
+
+
+def real(low, high):
+    def number(text):
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text}")
+        return value
+
+    return number
+
+
+def temperature(text):
+    return real(0.01, 100)(text) if float(text) else 0.0
+
+
+def arguments(argv=None):
+    parser = Parser(prog="aurora.py", description="A draft model that learns while it serves.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    models = parser.add_argument_group("models")
+    add = models.add_argument
+    add("--target", default=str(WEIGHTS / "target.pt"), metavar="FILE|DIR|NAME",
+        help="of this project, a Hugging Face directory, or a name on its hub")
+    add("--draft", default="scratch", metavar="scratch|static|none|FILE|DIR|NAME",
+        help="where the draft begins: random, shipped, none at all (the memory alone), what --save "
+             "kept, an EAGLE-3 head or a small language model")
+    add("--static", metavar="static|FILE|DIR|NAME",
+        help="the draft of --compare that never learns; by default what --draft begins with")
+    add("--draft-vocab", type=whole(0), default=0, metavar="N",
+        help="ids that a scratch draft can say, the lowest ones; 0 is all")
+    add("--memory", choices=("shared", "request", "off"), default="shared",
+        help="propose what followed before: in any request, in this one only, or not")
+    add("--memory-tokens", type=whole(64, 10**9), default=1_000_000, metavar="N",
+        help="that the shared memory holds, the oldest forgotten first")
+
+    add = parser.add_argument_group("traffic").add_argument
+    add("--traffic", default=",".join(CLASSES), help="classes, one after the other")
+    add("--requests", type=whole(1), default=12, help="of each class that --traffic names")
+    add("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with prompt and class")
+    add("--prompt", metavar="TEXT", help="answer this one, streaming")
+    add("--max-new-tokens", type=whole(1), default=96)
+
+    add = parser.add_argument_group("decoding").add_argument
+    add("--num-speculative-tokens", type=length, default="auto", metavar="K",
+        help="drafted tokens a round; auto: whatever is fastest at the time")
+    add("--rule", choices=("block", "token"), default="block", help="of acceptance")
+    add("--temperature", type=temperature, default=0.8, help="0 is greedy")
+    add("--top-p", type=real(1e-6, 1), default=1.0, help="1 is off")
+    add("--top-k", type=whole(0), default=0, help="0 is off")
+    add("--seed", type=whole(0), default=0)
+
+    add = parser.add_argument_group("learning").add_argument
+    add("--estimator", choices=ESTIMATORS, default="log", help="a rung of rl.py's ladder")
+    add("--lr", type=real(1e-8, 10), help="of Muon (default: 0.03 for scratch, else 0.015)")
+    add("--steps", type=whole(1), default=2, help="of the optimizer, an answer")
+    add("--no-gate", action="store_true", help="what is learned always serves")
+    add("--no-learn", action="store_true")
+
+    add = parser.add_argument_group("measuring and keeping").add_argument
+    add("--compare", action="store_true", help="plain, static and online on the same requests")
+    add("--report", metavar="FILE.json")
+    add("--log", metavar="FILE.jsonl", help="a line a request")
+    add("--save", metavar="DIR", help="keep the learned draft and the learner's state")
+    add("--export", metavar="DIR", help="write the learned draft as SGLang and vLLM read it")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="cpu")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    try:
+        args = parser.parse_args(argv)
+    except (ValueError, OverflowError) as error:
+        raise UserError(str(error)) from None
+    args.lr = args.lr or (0.03 if args.draft == "scratch" else 0.015)
+    check(args)
+    return args
+
+
+def check(args):
+    """Raises UserError for flags that do not go together, and for what cannot be written."""
+    for kind in args.traffic.split(","):
+        if kind not in CLASSES:
+            raise UserError(f"--traffic {kind}: expected some of {','.join(CLASSES)}")
+    files = [path for path in (args.report, args.log) if path is not None]
+    if args.prompt is not None and (args.prompts or files or args.save or args.export):
+        raise UserError("--prompt only answers: it goes with none of --prompts, --report, --log, "
+                        "--save, --export")
+    if args.draft == "none" and (args.save or args.export):
+        raise UserError("--draft none has no weights: nothing to --save or --export")
+    if args.draft_vocab and args.draft != "scratch":
+        raise UserError("--draft-vocab goes with --draft scratch")
+    named = [os.path.realpath(p) for p in (*files, args.prompts) if p is not None]
+    if len(set(named)) < len(named):
+        raise UserError("--report, --log and --prompts must be different files")
+    for path in files:
+        new = not os.path.lexists(path)
+        try:
+            open(path, "a").close()
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        if new:
+            os.remove(path)
+    if args.save is not None and not args.save:
+        raise UserError("--save needs a directory")
+    if args.export is not None:
+        if not importlib.util.find_spec("safetensors"):
+            raise UserError("--export needs safetensors: pip install -r requirements-hf.txt")
+        parent = Path(args.export).absolute().parent
+        if not args.export or Path(args.export).exists() or not os.access(parent, os.W_OK):
+            raise UserError(f"--export {args.export}: expected a directory that is not there yet, "
+                            "in one that can be written")
+
+
+def check_device(device):
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
+        raise UserError(f"--device {device} is not to be had here; try --device cpu") from None
+
+
+def read_prompts(path):
+    """-> [(class, text)]"""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = [line for line in lines if line.strip()]
+        pairs = [("prompts", line) for line in lines]
+        if path.lower().endswith(".jsonl"):
+            objects = [json.loads(line) for line in lines]
+            pairs = [(str(o.get("class", "prompts")), o["prompt"]) for o in objects]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise UserError(f'{path}: expected UTF-8 text, a prompt a line, or in a .jsonl an object '
+                        'with "prompt" a line') from None
+    if not pairs or not all(isinstance(text, str) and text for _, text in pairs):
+        raise UserError(f"{path}: an empty prompt, or none at all")
+    return pairs
+
+
+def encode(text, tokenizer):
+    """-> token ids, at least two: one that the target has read, and one that follows it."""
+    if not text:
+        raise UserError("the prompt is empty: give at least one character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not valid Unicode text") from None
+    ids = tokenizer.encode(text)
+    if len(ids) < 2:
+        raise UserError(f"the prompt {text!r} is only {len(ids)} token: give at least two")
+    return ids

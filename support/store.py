@@ -1,0 +1,135 @@
+"""Files: checkpoints of this project, and the versions that --save keeps of a learning draft.
+
+A checkpoint is one file, {"config", "weights", "record"}, read without pickle.  A --save directory
+holds v000012/draft.pt, the learner's state beside it, and `latest`, which names a whole version.
+"""
+
+import fcntl
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from model import Config, Transformer, UserError
+
+
+def save(path, config, weights, record):
+    """Writes beside `path` and renames, so that what stands there is always whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"config": asdict(config), "weights": weights, "record": record}, f"{path}.new")
+    Path(f"{path}.new").replace(path)
+
+
+def load(path):
+    """-> config (Config), weights (name -> tensor), record (dict of plain values)."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}: expected a file of pretrain.py or --save")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return Config(**content["config"]), dict(content["weights"]), dict(content["record"])
+    except Exception as error:  # torch raises many kinds for a file that is not its own
+        kind = type(error).__name__
+        raise UserError(f"{path} is not a checkpoint of this project ({kind})") from None
+
+
+def fill(model, weights, path, assign=False):
+    """Copies weights into the model, or makes them its own.  Every tensor is used, every parameter
+    filled, every shape right and every number finite, or it is a UserError."""
+    own = model.state_dict()
+    for name in sorted(own.keys() ^ weights.keys()):
+        what = "missing" if name in own else "not known to this model"
+        raise UserError(f"{path}: tensor {name} is {what}")
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape:
+            shapes = f"{tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+            raise UserError(f"{path}: {name} has shape {shapes}")
+        if tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):
+            raise UserError(f"{path}: {name} holds NaN or infinity")
+    model.load_state_dict(weights, assign=assign)
+    return model
+
+
+def load_target(path):
+    config, weights, record = load(path)
+    if config.num_hidden_layers < 2:
+        raise UserError(f"{path} is a draft, not a target: it has {config.num_hidden_layers} layer")
+    return fill(Transformer(config), weights, path), record
+
+
+# ---- versions ------------------------------------------------------------------------------------
+
+
+class Store:
+    """A --save directory, held by one process at a time.
+
+    A version is written under a name that nobody shares, flushed to the disk and renamed; `latest`
+    changes last, so what it names is always whole.  Numbers go on from the highest there is: to go
+    on from an older version overwrites none."""
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.directory / ".lock", "w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is saving into {directory}") from None
+        except OSError as error:
+            raise UserError(f"cannot save in {directory}: {error.strerror}") from None
+        self.first = 1 + max(map(number_of, self.directory.glob("v*")), default=-1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.lock.close()
+
+    def write(self, version, config, weights, state):
+        """state: the learner's, or None if it was lost."""
+        name = f"v{max(version, self.first):06d}"
+        with tempfile.TemporaryDirectory(dir=self.directory, prefix=".new") as folder:
+            folder = Path(folder)
+            record = {"version": version}
+            content = {"config": asdict(config), "weights": weights, "record": record}
+            for file, value in ("draft.pt", content), ("learner.pt", state):
+                if value is not None:
+                    torch.save(value, folder / file)
+                    flush(folder / file)
+            final = self.directory / name
+            final.mkdir(exist_ok=True)
+            for file in folder.iterdir():
+                file.chmod(0o600)
+                os.replace(file, final / file.name)
+            (folder / "latest").write_text(name + "\n")
+            flush(folder / "latest")
+            os.replace(folder / "latest", self.directory / "latest")
+
+
+def flush(path):
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def number_of(path):
+    return int(path.name[1:]) if path.name[1:].isdigit() else -1
+
+
+def load_version(directory):
+    """The latest version in a --save directory, or one version's own directory -> the path of its
+    draft, and the learner's state, None if there is none."""
+    directory = directory.resolve()
+    if not (directory / "draft.pt").is_file():
+        if not (directory / "latest").is_file():
+            raise UserError(f"{directory} holds no `latest`: expected a directory of --save")
+        directory = directory / (directory / "latest").read_text(errors="replace").strip()
+    beside = directory / "learner.pt"
+    if not beside.is_file():
+        return directory / "draft.pt", None
+    try:
+        state = torch.load(beside, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is not its own
+        raise UserError(f"{beside} cannot be read ({type(error).__name__})") from None
+    return directory / "draft.pt", state

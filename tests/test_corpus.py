@@ -1,0 +1,301 @@
+"""The text that is trained on and served, and the pieces of pretrain.py.
+
+Letters: B batch rows, T tokens, R round starts, K drafted tokens, H heads, E head width.
+"""
+
+import contextlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pretrain
+from draft import Draft
+from model import Config, Transformer, UserError
+from support import corpus
+
+FALSE_ALARM_7 = 42.7  # chi-square of 7 degrees of freedom is larger with probability 4e-7
+
+
+# ---- the text ------------------------------------------------------------------------------------
+
+
+def test_held_out_lines_are_not_trained_on():
+    """No line of 60 characters or more is in two splits, nor in two classes.  (Of two of the three
+    classes: reading the third takes half a minute.)"""
+    home = {}
+    for kind, splits in corpus.corpus(("python", "cpp")).items():
+        for split, texts in splits.items():
+            assert all(corpus.split_of(name) == split for name, _ in texts)
+            for line in corpus.lines_of(texts):
+                if len(line) >= 60:
+                    assert home.setdefault(line, (kind, split)) == (kind, split), line
+
+
+def runs_of_four(text):
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return {tuple(lines[i : i + 4]) for i in range(len(lines) - 3)}
+
+
+@pytest.fixture(scope="module")
+def traffic():
+    """[(class, name, text)] of this machine."""
+    return list(corpus.documents(("traffic",)))
+
+
+def test_docs_are_cut_out_of_the_source(traffic):
+    docs = {name: text for kind, name, text in traffic if kind == "docs"}
+    found = [(name, text) for kind, name, text in traffic if kind == "python" and name in docs]
+    assert len(found) > 20 and all(corpus.split_of(name) == "traffic" for _, name, _ in traffic)
+    for name, text in found:  # a short docstring may share an example of a few words
+        both = runs_of_four(docs[name]) & runs_of_four(text)
+        assert not [run for run in both if len("".join(run)) >= 120], name
+
+
+def test_only_what_is_asked_for_is_read(traffic, monkeypatch):
+    monkeypatch.setattr(corpus, "long_docstrings", lambda source: pytest.fail("a file was parsed"))
+    asked = list(corpus.documents(("traffic",), ("cpp",)))
+    assert asked == [document for document in traffic if document[0] == "cpp"]
+
+
+def test_long_docstrings_are_found_and_cut():
+    prose = "A sentence of a docstring.  " * 12
+    code = f'x = 1\ndef f():\n    """{prose}"""\n    return "{prose}"\n'
+    source = code + f'add_newdoc("f", """{prose}""")\n'
+    nodes = corpus.long_docstrings(source)
+    assert sorted(node.lineno for node in nodes) == [3, 5]  # a plain string is code
+    expected = f'x = 1\ndef f():\n    return "{prose}"\n\n'
+    assert corpus.without_lines_of(source, nodes) == expected
+    assert not corpus.long_docstrings('"""Too short."""')
+
+
+def test_repeats_are_removed():
+    seen = set()
+    block = "".join(f"    a line of some length, number {i}\n" for i in range(5))
+    assert corpus.without_repeats("first\n" + block, seen) == "first\n" + block
+    assert corpus.without_repeats("second\n" + block + "third\n", seen) == "second\nthird\n"
+    two = "    a line of some length, number 0\n    a line of some length, number 1\n"
+    assert corpus.without_repeats("fourth\n" + two, seen) == "fourth\n" + two
+    long = "x" * 60 + "\n"
+    assert corpus.without_repeats(long + "fifth\n", seen) == long + "fifth\n"
+    assert corpus.without_repeats("sixth\n" + long, seen) == "sixth\n"
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", corpus.CLASSES)
+def test_prompts_start_at_a_line_and_do_not_repeat(kind, traffic, monkeypatch):
+    """400 of each class, from this machine's traffic."""
+    texts = [text for own, _, text in traffic if own == kind]
+    monkeypatch.setattr(corpus, "texts_of", lambda *asked: texts)
+    prompts = corpus.prompts_of(kind, "traffic", 400, seed=0)
+    everything = "\n" + "\n".join(texts)
+    owner = {}
+    for i, prompt in enumerate(prompts):
+        assert len(prompt) == 128 and prompt[0] != "\n" and "\n" + prompt in everything
+        for j in range(128 - 64 + 1):
+            assert owner.setdefault(prompt[j : j + 64], i) == i
+    assert corpus.prompts_of(kind, "traffic", 12, seed=0) == prompts[:12]
+    assert corpus.prompts_of(kind, "traffic", 12, seed=1) != prompts[:12]
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """A hundred files of a licence and a few lines of their own; records what is asked for."""
+    licence = "Permission is granted, free of charge, to any person who obtains a copy of this.\n"
+    asked = []
+
+    def texts_of(kind, split):
+        asked.append((kind, split))
+        own = [f"{kind} {split} {i:04d} is a line of its own, and long.\n" for i in range(300)]
+        return [licence + "\n" + "".join(own[i : i + 3]) for i in range(0, 300, 3)]
+
+    monkeypatch.setattr(corpus, "texts_of", texts_of)
+    return asked
+
+
+def test_boilerplate_is_in_one_prompt_at_most(made_up):
+    """Of a class and split only; a file gives its licence or one stretch of its own lines."""
+    prompts = corpus.prompts_of("cpp", "traffic", 100, seed=3)
+    assert made_up == [("cpp", "traffic")]
+    assert sum("Permission" in prompt for prompt in prompts) <= 1
+    assert all(prompt.startswith(("cpp traffic", "Permission")) for prompt in prompts)
+
+
+def test_prompts_that_are_not_there_are_refused(made_up):
+    with pytest.raises(UserError, match="unknown class of text 'rust': expected some of python"):
+        corpus.prompts_of("rust", "traffic", 1, seed=0)
+    with pytest.raises(UserError, match="holds 101 prompts of 128 .* not 102: ask for fewer"):
+        corpus.prompts_of("docs", "eval", 102, seed=0)
+    assert len(corpus.prompts_of("docs", "eval", 101, seed=0)) == 101
+    with pytest.raises(UserError, match="holds 0 prompts of 5000 characters"):
+        corpus.prompts_of("docs", "eval", 1, seed=0, length=5000)
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def test_windows_and_samples_are_stretches_after_the_begin_token():
+    stream = np.arange(100, dtype=np.uint8)
+    rows = corpus.windows(stream, 4, 10)
+    assert rows.shape == (4, 11) and (rows[:, 0] == 256).all()
+    assert rows[:, 1].tolist() == [0, 30, 60, 90] and (rows[:, 1:].diff(dim=1) == 1).all()
+    rows = corpus.sample([stream, stream + 100], 6, 10, np.random.default_rng(0))
+    assert rows.shape == (6, 11) and (rows[:, 0] == 256).all()
+    assert (rows[:, 1:].diff(dim=1) == 1).all()
+    assert [row >= 100 for row in rows[:, 1].tolist()] == [False, True] * 3
+
+
+def test_rounds_start_where_there_is_room_and_in_answers_after_the_prompt():
+    K, stream = 5, np.zeros(5000, dtype=np.uint8)
+    answers = [torch.full((3, 257), 7), torch.full((3, 257), 8)]
+    for step in range(8):
+        ids, starts = pretrain.draft_batch(step, [stream], answers, K)
+        assert starts.min() >= 0 and starts.max() + 2 + K - 1 < ids.shape[1]
+        assert (starts.diff(dim=1) > 0).all()
+        if step % 4 in (1, 2):
+            assert ids[:, 0].tolist() == [7, 8] * 3 and starts.min() + 2 >= pretrain.PROMPT + 1
+        else:
+            assert (ids[:, 0] == 256).all() and (ids[:, 1:] == 0).all()
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def tiny(layers=7, **more):
+    torch.manual_seed(0)
+    config = dict(
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=128,
+        bos_token_id=256, suppress_tokens=(256,),
+    )
+    model = Transformer(Config(**config | more)).eval()
+    for p in model.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_training_resumes_exactly(tmp_path, monkeypatch):
+    """Interrupted somewhere between two checkpoints, it ends with the same weights and history."""
+    seconds = iter(range(0, 10**6, 8))
+    monkeypatch.setattr(pretrain, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+
+    def run(path, until=None):
+        torch.manual_seed(1)
+        model, steps = torch.nn.Linear(4, 4), []
+
+        def batch_loss(step, progress):
+            if step == until:
+                raise Interrupted
+            steps.append(step)
+            x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+            return F.mse_loss(model(x), x.flip(1)), x.numel()
+
+        def evaluate():
+            return {"norm": model.weight.norm().item()}
+
+        history = None
+        with contextlib.suppress(Interrupted):
+            history = pretrain.train(model, 20, path, batch_loss, evaluate)
+        return model.state_dict(), history, steps
+
+    weights, history, steps = run(tmp_path / "whole.ckpt")
+    assert steps == list(range(150)) and len(history) == 10
+    assert run(tmp_path / "halves.ckpt", until=100)[2] == list(range(100))
+    resumed, again, rest = run(tmp_path / "halves.ckpt")
+    assert 0 < rest[0] <= 100 and rest == list(range(rest[0], 150))
+    assert again == history
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    assert run(tmp_path / "whole.ckpt")[1:] == (history, [])  # it is done
+
+
+def test_what_the_last_quarter_brought():
+    history = [{"a": float(i), "b": 1.0} for i in range(9)]
+    assert pretrain.last_quarter(history).endswith("a 6.000 -> 8.000, b 1.000 -> 1.000")
+    assert pretrain.last_quarter(history[:1]).endswith("a 0.000 -> 0.000, b 1.000 -> 1.000")
+
+
+@pytest.mark.parametrize("length", [1, 40, 513])
+def test_the_attention_to_train_with_is_causal_attention(length):
+    """Its values and gradients are those of torch's own, up to bfloat16's rounding."""
+    torch.manual_seed(0)
+    heads = [torch.randn(2, H, length, 16, requires_grad=True) for H in (4, 2, 2)]
+    how = dict(attn_mask=None, is_causal=True, enable_gqa=True)
+    grad = torch.randn(2, 4, length, 16)
+    results = []
+    for attend in (pretrain.attend, F.scaled_dot_product_attention):
+        out = attend(*heads, **how)
+        results.append((out, *torch.autograd.grad(out, heads, grad.to(out.dtype))))
+    for own, exact in zip(*results):
+        assert own.shape == exact.shape
+        assert (own.float() - exact).norm() <= 0.01 * exact.norm() + 1e-5
+
+
+# ---- what drafts learn from ----------------------------------------------------------------------
+
+
+def test_answers_are_draws_from_the_target():
+    """Two tokens after one prompt, 4096 times, at temperature 0.8: the first against the target's
+    distribution, the second against the mean of those that follow.  False alarms: 1e-6."""
+    target = tiny(layers=2, suppress_tokens=tuple(range(8, 257)))
+    stream = np.arange(9, dtype=np.uint8)  # room for one stretch of 8 only
+    ids = pretrain.written(target, stream, 4096, seed=3, prompt=8, answer=2)
+    assert ids.shape == (4096, 11) and ids[0, :9].tolist() == [256, *range(8)]
+    assert (ids[:, :9] == ids[0, :9]).all() and (ids[:, 9:] < 8).all()
+    with torch.no_grad():
+        hidden, _ = target.bfloat16()(ids[:, :-1])
+        target_p = (target.logits(hidden[:, -2:])[..., :8].double() / 0.8).softmax(-1)
+    for place in (0, 1):
+        counts, expected = ids[:, 9 + place].bincount(minlength=8), target_p[:, place].sum(0)
+        assert ((counts - expected) ** 2 / expected).sum() < FALSE_ALARM_7
+    assert not torch.equal(ids, pretrain.written(target, stream, 4096, 4, prompt=8, answer=2))
+    assert len(pretrain.written(target, stream, 130, seed=3, prompt=8, answer=1)) == 130
+
+
+@torch.no_grad()
+def test_chains_guess_what_they_have_not_read():
+    """Draft and target logits stand beside the token that they are about, and depend on nothing
+    from that token on."""
+    target, K = tiny(), 4
+    draft = Draft(target)
+    ids = torch.randint(0, 256, (2, 25), generator=torch.Generator().manual_seed(5))
+    starts = torch.tensor([[0, 9, 19], [3, 4, 19]])  # T = 24: the last is T-1-K
+    logits, target_logits, tokens = pretrain.chains(target, draft, ids, starts, K)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden, _ = target(ids[:, :-1])
+    for r, start in enumerate(starts.flatten().tolist()):
+        row = r // 3
+        assert tokens[r].tolist() == ids[row, start + 2 : start + 2 + K].tolist()
+        view = target.logits(hidden[row, start + 1 : start + 1 + K].float())
+        assert torch.allclose(target_logits[r], view, atol=1e-4)
+        for k in range(K):
+            other = ids.clone()
+            other[row, start + 2 + k :] = 255 - other[row, start + 2 + k :]
+            changed = pretrain.chains(target, draft, other, starts, K)
+            assert torch.equal(changed[0][r, : k + 1], logits[r, : k + 1])
+            assert torch.equal(changed[1][r, : k + 1], target_logits[r, : k + 1])
+            assert k + 1 == K or not torch.equal(changed[0][r, k + 1], logits[r, k + 1])
+
+
+def test_a_draft_that_is_the_target_is_always_accepted(monkeypatch):
+    target = tiny()
+    ids = torch.randint(0, 256, (2, 100))
+
+    def chains(target, draft, ids, starts, K):
+        assert starts.min() + 2 == pretrain.PROMPT + 1  # the answer's first token
+        assert starts.max() + 2 + K - 1 in (98, 99)  # and as far as there is text
+        logits = torch.randn(7, K, 5)
+        return logits, logits.clone(), torch.zeros(7, K, dtype=torch.int64)
+
+    monkeypatch.setattr(pretrain, "chains", chains)
+    acceptance = pretrain.held_out_acceptance(target, None, ids, 3, "block")
+    assert torch.allclose(acceptance, torch.ones(3))
+    assert pretrain.length_of(acceptance) == pytest.approx(4)
