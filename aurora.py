@@ -150,11 +150,13 @@ def vocabulary_of(size, target):
 
 
 def read_draft(name, target):
-    if is_file(name):
-        return load_draft(name, target)[0]
-    from formats import huggingface
+    from formats import huggingface, small_model
 
-    return huggingface.load_draft(name, target)
+    if not is_file(name):
+        return huggingface.load_draft(name, target)
+    if Path(name).is_file() and small_model.is_small_model(name):
+        return small_model.load_small_model(name, target)
+    return load_draft(name, target)[0]
 
 
 def is_file(name):
@@ -262,7 +264,7 @@ def run(target, arm, learner, requests, others, args, store, tokenizer):
         weights = arm.draft.state_dict()
         steps.append(lambda: store.write(journal.version, arm.draft.config, weights, state))
     if args.export:
-        steps.append(lambda: report.export(arm.draft, args))
+        steps.append(lambda: report.export(arm.draft, target, args))
     steps += [journal.close, journal.print, journal.write_report]
     for step in steps:  # one that fails never loses another
         try:

@@ -10,7 +10,7 @@
 Training resumes from its checkpoint file.  With glibc, MALLOC_MMAP_MAX_=0 and
 MALLOC_TRIM_THRESHOLD_=20000000000 save time: large blocks are kept, not mapped anew at every step.
 
-Letters: B batch rows, T tokens, R round starts a row, K drafted tokens, V vocabulary, D width,
+Letters: B batch rows, T tokens, R round starts a row, K drafted tokens, V vocabulary,
          H heads, G key/value heads, E head width.
 """
 

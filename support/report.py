@@ -219,10 +219,10 @@ def say_part(text):
     print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
 
 
-def export(draft, args):
+def export(draft, target, args):
     from formats.export import export_draft
 
     try:
-        say(export_draft(draft, args.export, args.draft, args.temperature))
+        say(export_draft(draft, args.export, args.draft, args.temperature, target))
     except OSError as error:
         raise UserError(f"cannot write {args.export}: {error.strerror}") from None

@@ -19,9 +19,6 @@ from support import corpus
 FALSE_ALARM_7 = 42.7  # chi-square of 7 degrees of freedom is larger with probability 4e-7
 
 
-# ---- the text ------------------------------------------------------------------------------------
-
-
 def test_held_out_lines_are_not_trained_on():
     """No line of 60 characters or more is in two splits, nor in two classes.  (Of two of the three
     classes: reading the third takes half a minute.)"""

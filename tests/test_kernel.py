@@ -440,6 +440,12 @@ def test_logits_without_a_distribution_are_reported_and_keep_nothing(fused, bad,
     spoiled[:, 0, 299] = bad
     kept, _, status = fused(target, spoiled, tokens, coins, temperature, block)
     assert status.tolist() == [4 * (T > 0)] * 12 and (kept[status == 4] == 0).all()
+    spoiled = target.clone()
+    spoiled[:, 1, 299] = bad  # after a token that was kept, for some
+    case = spoiled, None, tokens, coins, temperature, block
+    kept, _, status = fused(*case)
+    assert torch.equal(status, accept_torch(*case)[2]) and status.max() == 4
+    assert kept[status == 4].eq(0).all()
     nothing = torch.full((1, 1, 300), -INF)
     with pytest.raises(NoDistribution, match="without a distribution"):
         accept(nothing, None, torch.empty(1, 0).long(), uniforms(1, 1), T, rule)

@@ -68,8 +68,8 @@ def test_it_drafts_what_it_would_say_itself(tied, K=4):
 @pytest.mark.parametrize("K", [1, 4])
 @torch.no_grad()
 def test_it_replays_what_it_served(K):
-    """All rounds of a text at once: the logits that each of its tokens was drawn from, to 1e-5."""
-    draft = tiny_small()
+    """All rounds of a text at once: the logits that each of its tokens was drawn from."""
+    draft = tiny_small().double()
     rounds, ended = rounds_of(draft, [[16, *range(9)], [16, 5, 5]], K, [(1.0, 1.0, 0)] * 2)
     for b, text in enumerate(ended):
         starts = torch.stack([starts[b] for starts, _, _ in rounds])[None]
@@ -77,7 +77,7 @@ def test_it_replays_what_it_served(K):
         served = torch.stack([logits[b] for _, _, logits in rounds])
         tokens = torch.tensor([text])
         replayed = draft.replay(None, tokens, starts, chains[..., :-1])[0]
-        torch.testing.assert_close(replayed, served, atol=1e-5, rtol=0)
+        torch.testing.assert_close(replayed, served, atol=1e-10, rtol=0)
         assert replayed[..., 16].isneginf().all(), "what is never said has no probability"
         moved = draft.replay(None, tokens, starts - 1, chains[..., :-1])[0]
         assert (moved - served).nan_to_num().abs().max() > 0.1, "starts did not matter"
@@ -96,13 +96,12 @@ def test_replay_has_a_gradient_and_a_clone_its_own_weights():
     assert all(p.grad is None for p in draft.parameters())
 
 
-@pytest.mark.parametrize("name", ["small model", "head"])
-def test_the_law_is_the_targets_whoever_drafts(name, B=3000, K=2):
-    """The first two tokens of answers, over all pairs, at temperature 1.  Chi-square: were the seeds
-    drawn anew, a false alarm once in a million."""
+def test_the_law_of_answers_is_the_targets(B=3000, K=2):
+    """The first two tokens, over all pairs, at temperature 1.  Chi-square: were the seeds drawn
+    anew, a false alarm once in a million."""
     sizes = {"vocab_size": 5, "bos_token_id": 4, "suppress_tokens": (4,)}
     target = tiny_target(gain=2.0, **sizes)
-    draft = tiny_small(**sizes) if name == "small model" else tiny_draft(target)
+    draft = tiny_small(**sizes)
     asks = [request(length=0, new=3, seed=i) for i in range(B)]
     for ask in asks:
         ask.prompt = [4, 1, 2, 0, 3, 3]
