@@ -55,7 +55,8 @@ def facts(target, draft, length, args, requests):
         f"draft    {args.draft}: {head}; memory: {args.memory}",
         f"verify   {args.rule} rule by {which}, {law}; {length}",
         f"learner  {learning}",
-        f"traffic  {len(requests)} requests of {args.max_new_tokens} tokens: {', '.join(kinds)}", "")
+        f"traffic  {len(requests)} requests of {args.max_new_tokens} tokens: {', '.join(kinds)}",
+        "")
 
 
 def line_of(name, served):

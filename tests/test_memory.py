@@ -1,0 +1,184 @@
+"""The memory against a search that looks everywhere, and against texts that are meant to break it."""
+
+import random
+import sys
+import time
+
+import pytest
+
+from memory import BORDER, LONGEST, PLACES, SHORTEST, Memory
+
+
+def matched(history, place, text):
+    """How many of the last tokens of the text stand in the history, the last of them at place."""
+    n = 0
+    while n < min(LONGEST, len(text), place + 1) and history[place - n] == text[-1 - n]:
+        n += 1
+    return n
+
+
+def searched(history, text, K, places=None):
+    """What a lookup is to find in all of this history, by looking everywhere, the latest first."""
+    best, found = SHORTEST - 1, None
+    candidates = [p for p in range(len(history) - 1) if matched(history, p, text) >= SHORTEST]
+    for place in reversed(candidates[-(places or len(history)) :]):
+        n = matched(history, place, text)
+        if n > best:
+            best, found = n, place
+    if found is None:
+        return 0, []
+    copy = history[found + 1 :]
+    followed = [copy[i % len(copy)] for i in range(K)]
+    return best, (followed + [BORDER])[: (followed + [BORDER]).index(BORDER)]
+
+
+def remembered(texts, capacity=4096):
+    memory = Memory(capacity)
+    for text in texts:
+        memory.remember(list(text))
+    return memory
+
+
+def test_the_example_of_the_docstring():
+    memory, text = Memory(64), list(b"the cat sat. the cat")
+    memory.extend(text)
+    length, tokens = memory.lookup(text, 4)
+    assert (length, bytes(tokens)) == (len("the cat"), b" sat")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_longest_match_is_found_and_of_equals_the_latest(seed):
+    """As by looking everywhere: texts of three symbols, in which all that is short is said often.
+    4096 buckets keep their 27 triples apart, so PLACES of the same triple are compared."""
+    draws, lengths = random.Random(seed), set()
+    for _ in range(150):
+        memory, text = Memory(4096), []
+        while len(text) < 120:
+            new = draws.choices(range(3), k=draws.randint(1, 40))
+            if len(text) > 20 and draws.random() < 0.3:
+                start = draws.randrange(len(text) - 10)
+                new = text[start : start + draws.randint(3, 40)]
+            memory.extend(new)
+            text += new
+            K = draws.randint(1, 20)
+            found = memory.lookup(text, K)
+            assert found == searched(text, text, K, PLACES)
+            lengths.add(found[0])
+    assert {0, SHORTEST, LONGEST} <= lengths
+
+
+def test_others_texts_are_searched_for_the_end_of_this_one():
+    memory = remembered([b"one two three", b"nine two four"])
+    assert memory.lookup(list(b"ten two "), 4) == (5, list(b"four"))  # of equals the latest
+    assert memory.lookup(list(b"one two "), 5) == (8, list(b"three"))  # the longest before it
+    assert memory.lookup(list(b"one two"), 0) == (7, [])
+    assert memory.lookup(list(b"xyz"), 4) == memory.lookup(list(b"tw"), 4) == (0, [])
+
+
+def test_a_copy_goes_on_with_itself():
+    memory = Memory(64)
+    memory.extend(list(b"abcabc"))
+    assert memory.lookup(list(b"abcabc"), 8) == (3, list(b"abcabcab"))
+    memory = Memory(64)
+    memory.extend(list(b"aaaa"))
+    assert memory.lookup(list(b"aaaa"), 5) == (3, list(b"aaaaa"))
+
+
+def test_a_text_does_not_find_its_own_end():
+    memory = Memory(64)
+    memory.extend(list(b"abc"))
+    assert memory.lookup(list(b"abc"), 4) == (0, [])
+    memory.extend(list(b"d"))
+    assert memory.lookup(list(b"abc"), 4) == (3, list(b"dddd"))
+
+
+def test_nothing_is_read_across_a_border():
+    """No match reaches back over one, and no copy goes on behind one, though it be the last."""
+    memory = remembered([b"xxab", b"cdef"])
+    assert memory.lookup(list(b"abcd"), 4) == (0, [])
+    assert memory.lookup(list(b"xabcde"), 4) == (3, list(b"f"))
+    assert memory.lookup(list(b"xxab"), 4) == (4, [])
+    assert memory.lookup(list(b"cdef"), 4) == (4, [])
+
+
+@pytest.mark.parametrize("capacity", [64, 65, 200, 256])
+def test_the_oldest_is_forgotten_and_nothing_else(capacity):
+    """Over some thirty turns of the ring: as by looking everywhere in the last `capacity` tokens.
+    Phrases come back about as often as the ring turns, so many have just been written over."""
+    draws = random.Random(capacity)
+    phrases = [draws.choices(range(50), k=9) for _ in range(capacity // 12)]
+    memory, history, found = Memory(capacity), [], []
+    while len(history) < 30 * capacity:
+        text = [token for _ in range(3) for token in draws.choice(phrases)]
+        memory.remember(text)
+        history += [*text, BORDER]
+        for phrase in draws.choices(phrases, k=3):
+            for cut in (3, 5, 9):
+                looked = memory.lookup(phrase[:cut], 8)
+                assert looked == searched(history[-capacity:], phrase[:cut], 8)
+                found.append(looked[0] == cut)
+    assert 0.2 < sum(found) / len(found) < 0.95  # some are there, some are forgotten
+
+
+def test_one_long_text_in_a_small_ring():
+    """Copies that go on with themselves stay within what has not been written over."""
+    draws, memory, text = random.Random(0), Memory(64), []
+    for _ in range(3000):
+        start = max(0, len(text) - draws.randint(1, 90))
+        new = text[start : start + draws.randint(1, 12)] if draws.random() < 0.5 else []
+        new = new or draws.choices(range(50), k=4)
+        memory.extend(new)
+        text = text + new
+        assert memory.lookup(text, 16) == searched(text[-64:], text, 16)
+
+
+def test_a_million_tokens_take_no_more_room_than_the_first_ten_thousand():
+    memory, draws = Memory(10_000), random.Random(0)
+    sizes = []
+    for _ in range(100):
+        memory.remember(draws.choices(range(1000), k=10_000))
+        arrays = [x for x in vars(memory).values() if hasattr(x, "__len__")]
+        sizes.append(sum(map(sys.getsizeof, arrays)))
+    assert max(sizes) == sizes[0] and sizes[0] <= 28.5 * 10_000
+    assert memory.size > 1_000_000
+
+
+def test_a_long_text_of_one_byte_is_looked_up_in_no_time():
+    """Every place is a match there: PLACES of them are compared at most, not all the million."""
+    memory, text = Memory(1 << 18), [0] * (1 << 18)
+    memory.extend(text)
+    start = time.perf_counter()
+    for _ in range(200):
+        assert memory.lookup(text[-100:], 16) == (LONGEST, [0] * 16)
+        assert memory.lookup([1] * 97 + [0, 0, 0], 16) == (SHORTEST, [0] * 16)
+    assert time.perf_counter() - start < 2  # 0.02 s; some minutes if all were compared
+
+
+def colliding(memory, count):
+    """Different triples that share a bucket with (1, 2, 3)."""
+    key, found, i = memory.hash(1, 2, 3), [], 10
+    while len(found) < count:
+        if memory.hash(i, i + 1, i + 2) == key:
+            found.append([i, i + 1, i + 2])
+        i += 3
+    return found
+
+
+def test_what_shares_a_bucket_is_not_taken_for_the_same():
+    """A few such triples hide nothing, too many hide what is older, none is ever proposed."""
+    memory = Memory(4096)
+    others = colliding(memory, PLACES)
+    memory.remember([1, 2, 3, 4, 5])
+    for other in others[:-1]:
+        memory.remember([*other, 7])
+    assert memory.lookup([1, 2, 3], 4) == (3, [4, 5])
+    memory.remember([*others[-1], 7])
+    assert memory.lookup([1, 2, 3], 4) == (0, [])
+    assert memory.lookup(others[-1], 4) == (3, [7])
+
+
+def test_tokens_of_a_large_vocabulary():
+    text = [2**31 - 1, 0, 2**31 - 2, 150_000, 2**31 - 1, 0, 2**31 - 2]
+    memory = Memory(64)
+    memory.extend(text)
+    assert memory.lookup(text, 1) == (3, [150_000])
