@@ -1,4 +1,4 @@
-"""The memory against a search that looks everywhere, and against texts that are meant to break it."""
+"""The memory against a search that looks everywhere, and against texts meant to break it."""
 
 import random
 import sys
