@@ -88,7 +88,7 @@ class Arm:
 def aurora(target, arm, learner, requests):
     """The algorithm: every request is served by the newest version of the draft, while another core
     learns from the answer before.  learner: a Background, or None.  Yields what was Served."""
-    version = 0
+    version = learner.learner.version if learner else 0
     for request in requests:
         served = arm.serve(target, request, version)  # draft, verify, commit
         start = time.perf_counter()
@@ -136,7 +136,7 @@ def find_draft(name, target, args):
         name = options.STATIC[name]
     if Path(name).is_dir() and not Path(name, "config.json").exists():
         path, state = load_version(Path(name))
-        return read_draft(path, target), state
+        return read_draft(str(path), target), state
     return read_draft(name, target), None
 
 
@@ -228,8 +228,12 @@ def main(argv=None):
             learner = Learner(draft, Head(target), args.estimator, args.rule, args.lr, args.steps,
                               fresh=args.draft == "scratch", gate=not args.no_gate, seed=args.seed,
                               precision=torch.bfloat16 if amx else torch.float32)
-            if state:
-                learner.restore(state)
+            try:
+                if state:
+                    learner.restore(state)
+            except Exception as error:  # whatever another version's state runs into
+                kind = type(error).__name__
+                raise UserError(f"{args.draft}: its learner.pt is another version's ({kind})") from None
             arm.draft.load_state_dict(learner.serves.state_dict())
             learner = Background(learner, process=args.device == "cpu")
         if args.compare:
@@ -241,6 +245,7 @@ def main(argv=None):
 def run(target, arm, learner, requests, others, args, store, tokenizer):
     """Serves, and whatever happens then keeps first what was learned, then tells what there is."""
     journal, trouble, state = report.Journal(args, len(requests)), None, None
+    journal.version = learner.learner.version if learner else 0
     try:
         for served in aurora(target, arm, learner, requests):
             journal.record("online", served)
@@ -256,7 +261,7 @@ def run(target, arm, learner, requests, others, args, store, tokenizer):
             last = learner.result()
             version = publish(last, arm, journal.version)
             journal.ends(last, version)
-    except UserError as error:
+    except Exception as error:
         trouble = trouble or error
     state = learner.close() if learner else None
     steps = []
@@ -287,5 +292,8 @@ if __name__ == "__main__":
     except (UserError, NoDistribution) as error:
         print(f"aurora: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

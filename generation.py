@@ -197,15 +197,18 @@ def seconds_per_round(target, draft, temperature, rule="block"):
     and the last one counts: it takes a dozen until the caches hold only what they read."""
     sources = ([HEAD] if draft else []) + [REQUEST]
     kinds = [Plan(s, K, [0.0] * K) for s in sources for K in range(LONGEST[s], 0, -1)]
-    drafted, prompt = sum(plan.K + 1 for plan in kinds), [0] * 64
+    new = 1 + max(plan.K for plan in kinds)
+    context = min(m.config.max_position_embeddings for m in (target, draft) if m)
+    prompt = [0] * max(2, min(64, context - new))
     sweeps, started = [], time.perf_counter()
     while len(sweeps) < 10 and (len(sweeps) < 3 or time.perf_counter() - started < 2):
-        request = Request(prompt, drafted + 32, 0, temperature)
+        request = Request(prompt, new, 0, temperature)
         generation = Generation(target, draft, [request], rule=rule)
         times = {}
         for plan in [*kinds, *[Plan()] * 12]:
             generation.guesses = {REQUEST: [(1, [0] * plan.K)]}
-            generation.left = [drafted + 32]  # an end token ends nothing here
+            generation.text = [list(prompt)]  # every round is the first, whatever was said
+            generation.left = [new]
             begin = time.perf_counter()
             drafts = generation.draft_tokens(plan)
             generation.commit(drafts, *generation.verify(drafts))

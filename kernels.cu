@@ -9,13 +9,13 @@
 //      block rule takes w to the end of the chain, and notes at each place what it measured.
 //   3. Block rule, back from the end to the first place whose coin is under its h: m takes a pass
 //      over two rows.  But it is at most w_i - min(w_i target_p, draft_q)(x_{i+1}), which is known;
-//      where the coin is not even under that h there is no pass, so mostly one place has any.
+//      where the coin is not even under that h there is no pass, so few places have one.
 //   4. That pass is also the first step of the draw, which searches: the mass of 32 pieces of the
 //      row (together, m), then of 32 pieces of the piece that holds the coin, down to one id.
 //
 // Exponentials are float32, right to 1e-7 each; sums are float64, so a token of probability 1e-7
 // beside one of 1 is drawn at its rate.  Decisions differ from accept_torch's only if a coin lies
-// within about 1e-7 of a boundary.
+// within about 1e-7 of a boundary; w_i is a product, so there i times that.
 //
 // All is written once, for a *team* of workers on a batch row: one CPU thread, 1024 GPU threads, in
 // the tests 2 and 7 CPU threads, where a forgotten meeting shows.  They run the same lines, each on

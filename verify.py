@@ -65,7 +65,7 @@ def accept_one(target_p, draft_q, tokens, coins, rule="block"):
             w.append(min(1.0, w[-1] * float(p[x]) / max(float(q[x]), 1e-300)))
         for i in range(1, K):
             m = (w[i] * target_p[i] - draft_q[i]).clamp(min=0).sum()
-            if coins[i - 1] * (m + 1 - w[i]) < m:  # coin < h_i: strict, so that a coin of 0
+            if coins[i - 1] * (m + (1 - w[i])) < m:  # coin < h_i: strict, so that a coin of 0
                 kept = i  # keeps nothing impossible
         if K and coins[K - 1] < w[K]:
             kept = K
@@ -170,7 +170,7 @@ def accept_torch(target_logits, draft_logits, draft_tokens, coins, temperature, 
         w = torch.stack(w, dim=1)  # (B, K+1): w_0..w_K
         m = (w[:, :K, None] * target_p[:, :K] - draft_q).clamp(min=0).sum(-1)  # m_0..m_{K-1}
         m = torch.cat([m, w[:, K:]], dim=1)
-        over, under = m, m + 1 - w  # h_i = over / under
+        over, under = m, m + (1 - w)  # h_i = over / under
         last = place == length[:, None]  # where h_K = w_K
         over, under = torch.where(last, w, over), torch.where(last, 1.0, under)
         kept = (coins[:, :K] * under[:, 1:] < over[:, 1:]) & drafted  # coin_i < h_i, i = 1..K

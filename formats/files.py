@@ -100,7 +100,9 @@ def write(directory, tensors, **files):
     save_file = need("safetensors.torch", "writing a checkpoint").save_file
     save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
     for name, content in files.items():
-        (new / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        file = new / f"{name}.json"
+        file.write_text(json.dumps(content, indent=2) + "\n")
+        (new / "model.safetensors").chmod(file.stat().st_mode)  # engines run as somebody else
     new.rename(directory)
 
 

@@ -61,7 +61,7 @@ def load_kernel(device, source):
     # Not -ffast-math: NaN must stay NaN.  And a * b - c * d must be 0 if a = c and b = d, so the
     # compiler fuses none.
     flags = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
-    built_from = [source.read_text(), torch.__version__, *flags, *march]
+    built_from = [source.read_text(), torch.__version__, "-fmad=false", *flags, *march]
     if device == "cuda":
         built_from += [torch.version.cuda, *torch.cuda.get_arch_list()]
         count = range(torch.cuda.device_count())

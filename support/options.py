@@ -123,9 +123,13 @@ def check(args):
         raise UserError("--draft none has no weights: nothing to --save or --export")
     if args.draft_vocab and args.draft != "scratch":
         raise UserError("--draft-vocab goes with --draft scratch")
-    named = [os.path.realpath(p) for p in (*files, args.prompts) if p is not None]
-    if len(set(named)) < len(named):
-        raise UserError("--report, --log and --prompts must be different files")
+    read = (args.prompts, args.target, args.draft, args.static)
+    read = {os.path.realpath(STATIC.get(p, p)) for p in read if p is not None}
+    written = [os.path.realpath(p) for p in files]
+    if len(set(written)) < len(written) or read & set(written):
+        raise UserError("--report, --log and what is read must be different files")
+    if args.report and os.path.exists(args.report) and not os.path.isfile(args.report):
+        raise UserError(f"cannot write {args.report}: it is replaced at the end, and is no file")
     for path in files:
         new = not os.path.lexists(path)
         try:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import pretrain
 from draft import Draft
 from model import Config, Transformer, UserError
-from support import corpus
+from support import corpus, training
 
 FALSE_ALARM_7 = 42.7  # chi-square of 7 degrees of freedom is larger with probability 4e-7
 
@@ -183,7 +183,7 @@ class Interrupted(Exception):
 def test_training_resumes_exactly(tmp_path, monkeypatch):
     """Interrupted somewhere between two checkpoints, it ends with the same weights and history."""
     seconds = iter(range(0, 10**6, 8))
-    monkeypatch.setattr(pretrain, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
 
     def run(path, until=None):
         torch.manual_seed(1)
@@ -228,7 +228,7 @@ def test_the_attention_to_train_with_is_causal_attention(length):
     how = dict(attn_mask=None, is_causal=True, enable_gqa=True)
     grad = torch.randn(2, 4, length, 16)
     results = []
-    for attend in (pretrain.attend, F.scaled_dot_product_attention):
+    for attend in (training.attend, F.scaled_dot_product_attention):
         out = attend(*heads, **how)
         results.append((out, *torch.autograd.grad(out, heads, grad.to(out.dtype))))
     for own, exact in zip(*results):
