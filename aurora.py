@@ -232,8 +232,8 @@ def main(argv=None):
                 if state:
                     learner.restore(state)
             except Exception as error:  # whatever another version's state runs into
-                kind = type(error).__name__
-                raise UserError(f"{args.draft}: its learner.pt is another version's ({kind})") from None
+                what = f"its learner.pt is another version's ({type(error).__name__})"
+                raise UserError(f"{args.draft}: {what}") from None
             arm.draft.load_state_dict(learner.serves.state_dict())
             learner = Background(learner, process=args.device == "cpu")
         if args.compare:
