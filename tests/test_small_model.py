@@ -65,6 +65,21 @@ def test_it_drafts_what_it_would_say_itself(tied, K=4):
                 text = [*text, token]
 
 
+@torch.no_grad()
+def test_a_row_that_fills_the_cache_leaves_room_for_the_others(S=8):
+    """Row 0 has one token to read and row 1 four: the pads of row 0 would stand past the end."""
+    draft, rows = tiny_small().double(), torch.randint(0, 16, (2, S))
+    cache, features = draft.new_cache(2, S), torch.zeros(2, 6, 3)
+    first = torch.arange(6).expand(2, -1)
+    draft.read(features, rows[:, :7], first, torch.tensor([5, 0]), cache)
+    tokens = torch.stack([rows[0, [6, 7, 7, 7]], rows[1, 1:5]])
+    where, last = torch.tensor([[6, 7, 7], [1, 2, 3]]), torch.tensor([0, 2])
+    _, logits = draft.read(features[:, :3], tokens, where, last, cache)
+    for b, length in ((0, 8), (1, 5)):
+        alone = draft.logits(draft(rows[b : b + 1, :length])[0])[:, -1]
+        torch.testing.assert_close(logits[b], alone, atol=1e-10, rtol=0)
+
+
 @pytest.mark.parametrize("K", [1, 4])
 @torch.no_grad()
 def test_it_replays_what_it_served(K):
