@@ -21,7 +21,7 @@ BORDER = -1  # stands between texts: no token
 
 
 class Memory:
-    """Holds the last `capacity` tokens, 24 bytes each; older ones are written over."""
+    """Holds the last `capacity` tokens, 20 to 28 bytes each; older ones are written over."""
 
     def __init__(self, capacity):
         self.capacity, self.size = capacity, 0  # size: tokens ever put in

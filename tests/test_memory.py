@@ -132,6 +132,16 @@ def test_one_long_text_in_a_small_ring():
         assert memory.lookup(text, 16) == searched(text[-64:], text, 16)
 
 
+def test_no_match_goes_on_where_the_ring_was_written_over():
+    """Before the oldest token stands the newest, which did not come before it."""
+    for size in (64, 64 + 7):
+        memory, text = Memory(64), list(range(100, 100 + size))
+        memory.extend(text)
+        newest, first = text[-1], text[-64:][:4]
+        assert memory.lookup([newest, *first[:3]], 1) == (3, first[3:])
+        assert memory.lookup([newest, *first[:2]], 1) == (0, [])
+
+
 def test_a_million_tokens_take_no_more_room_than_the_first_ten_thousand():
     memory, draws = Memory(10_000), random.Random(0)
     sizes = []
