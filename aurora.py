@@ -34,11 +34,11 @@ import torch
 
 from draft import Draft, load_draft
 from generation import Generation, Request, seconds_per_round
+from learner import Learner
 from memory import Memory
 from model import Head, UserError, by_columns
-from rl import Learner
 from support import options, report
-from support.background import Background
+from support.background import Background, deaf
 from support.build import kernel
 from support.corpus import prompts_of
 from support.draft_length import HEAD, DraftLength, FixedLength
@@ -50,8 +50,8 @@ from verify import NoDistribution
 class Served:
     request: Request
     generation: Generation
-    version: int  # of the draft that served
     seconds: float
+    version: int  # of the draft that served
     waited: float = 0.0  # for the learner, and remembering
     outcome: object = None  # what the learner made of the answer before
 
@@ -65,6 +65,7 @@ class Arm:
     own_memory: bool = False
     shared: Memory | None = None
     rule: str = "block"
+    version: int = 0  # of the draft
 
     def decode(self, target, requests):
         """Serves -> yields the Generation after every round."""
@@ -79,36 +80,38 @@ class Arm:
             self.length.observe(plan, widths, accepted)
             yield generation
 
-    def serve(self, target, request, version=0):
+    def serve(self, target, request):
         start = time.perf_counter()
         generation = deque(self.decode(target, [request]), maxlen=1)[0]
-        return Served(request, generation, version, time.perf_counter() - start)
+        return Served(request, generation, time.perf_counter() - start, self.version)
+
+    def publish(self, outcome):
+        """What was learned serves, if the gate lets it."""
+        if outcome and outcome.weights:
+            self.draft.load_state_dict(outcome.weights)
+            self.length.published()
+            self.version = outcome.version
 
 
 def aurora(target, arm, learner, requests):
     """The algorithm: every request is served by the newest version of the draft, while another core
     learns from the answer before.  learner: a Background, or None.  Yields what was Served."""
-    version = learner.learner.version if learner else 0
+    trace = None
     for request in requests:
-        served = arm.serve(target, request, version)  # draft, verify, commit
+        if trace:
+            learner.submit(trace)  # on another core
+        served = arm.serve(target, request)  # draft, verify, commit
         start = time.perf_counter()
         if learner:
-            served.outcome = learner.result()  # of the answer before: update, gate
-            version = publish(served.outcome, arm, version)
-            learner.submit(served.generation.trace(0, served.version))  # trace
+            served.outcome = learner.result()  # update, gate
+            arm.publish(served.outcome)  # publish
+            trace = served.generation.trace(version=served.version)  # trace
         if arm.shared:
             arm.shared.remember(served.generation.text[0])
         served.waited = time.perf_counter() - start
         yield served
-
-
-def publish(outcome, arm, version):
-    """What was learned serves, if the gate lets it -> the version that serves."""
-    if outcome is None or outcome.weights is None:
-        return version
-    arm.draft.load_state_dict(outcome.weights)
-    arm.length.published()
-    return outcome.version
+    if trace:
+        learner.submit(trace)
 
 
 # ---- from the command line to the loop -----------------------------------------------------------
@@ -198,6 +201,21 @@ def make_arm(target, draft, args, costs=None):
     return Arm(draft, length, memory, shared, args.rule), costs
 
 
+def make_learner(draft, state, target, args):
+    """A Background that learns on this draft, as an earlier run left it if there was one."""
+    amx = args.device == "cpu" and torch.cpu._is_amx_tile_supported()
+    learner = Learner(draft, Head(target), args.estimator, args.rule, args.lr, args.steps,
+                      fresh=args.draft == "scratch", gate=not args.no_gate, seed=args.seed,
+                      precision=torch.bfloat16 if amx else torch.float32)
+    try:
+        if state:
+            learner.restore(state)
+    except Exception as error:  # whatever another version's state runs into
+        what = f"its learner.pt is another version's ({type(error).__name__})"
+        raise UserError(f"{args.draft}: {what}") from None
+    return Background(learner, process=args.device == "cpu")
+
+
 def main(argv=None):
     args = options.arguments(argv)
     options.check_device(args.device)
@@ -207,12 +225,13 @@ def main(argv=None):
     if args.device == "cpu" and sum(p.numel() for p in target.parameters()) < 50e6:
         torch.set_num_threads(1)  # a second one gains a small target nothing
     draft, state = find_draft(args.draft, target, args)
-    static = find_draft(args.static, target, args)[0] if args.compare and args.static else None
+    static = draft
+    if args.compare and args.static:
+        static, _ = find_draft(args.static, target, args)
     models = [m.to(args.device) for m in (draft, static) if m]
     context = min(m.config.max_position_embeddings for m in (target, *models))
     requests = make_requests(args, tokenizer, context)
-    served = draft.clone() if draft else None
-    static = static or (draft.clone() if draft else None)
+    served, static = (m.clone() if m else None for m in (draft, static))
     for model in filter(None, (target, served, static)):
         by_columns(model)
     kernel(torch.device(args.device).type)  # compiled now if need be, in nobody's seconds
@@ -222,62 +241,51 @@ def main(argv=None):
         arm, costs = make_arm(target, served, args)
         if args.prompt is not None:
             return report.stream(arm.decode(target, requests), tokenizer)
-        learner, others = None, {}
+        learner, others = None, {"plain": Arm()}
         if draft and not args.no_learn:
-            amx = args.device == "cpu" and torch.cpu._is_amx_tile_supported()
-            learner = Learner(draft, Head(target), args.estimator, args.rule, args.lr, args.steps,
-                              fresh=args.draft == "scratch", gate=not args.no_gate, seed=args.seed,
-                              precision=torch.bfloat16 if amx else torch.float32)
-            try:
-                if state:
-                    learner.restore(state)
-            except Exception as error:  # whatever another version's state runs into
-                what = f"its learner.pt is another version's ({type(error).__name__})"
-                raise UserError(f"{args.draft}: {what}") from None
-            arm.draft.load_state_dict(learner.serves.state_dict())
-            learner = Background(learner, process=args.device == "cpu")
+            learner = make_learner(draft, state, target, args)
+            served.load_state_dict(learner.learner.serves.state_dict())
+        arm.version = state["version"] if state else 0
         if args.compare:
-            others = {"plain": Arm(), "static": make_arm(target, static, args, costs)[0]}
+            others["static"] = make_arm(target, static, args, costs)[0]
         report.facts(target, served, arm.length, args, requests)
-        run(target, arm, learner, requests, others, args, store, tokenizer)
+        run(target, arm, learner, state, requests, others, args, store)
 
 
-def run(target, arm, learner, requests, others, args, store, tokenizer):
+def run(target, arm, learner, state, requests, others, args, store):
     """Serves, and whatever happens then keeps first what was learned, then tells what there is."""
-    journal, trouble, state = report.Journal(args, len(requests)), None, None
-    journal.version = learner.learner.version if learner else 0
+    journal, trouble = report.Journal(args, len(requests)), []
     try:
         for served in aurora(target, arm, learner, requests):
             journal.record("online", served)
-            turn = others if args.compare else {"plain": Arm()} if journal.plain_is_due() else {}
-            for name, other in turn.items():
-                journal.record(name, other.serve(target, served.request))
+            if args.compare or journal.plain_is_due():
+                for name, other in others.items():
+                    journal.record(name, other.serve(target, served.request))
     except KeyboardInterrupt:
         print("\ninterrupted: this is what was served until now", file=sys.stderr)
     except Exception as error:  # raised again below, when what was learned is safe
-        trouble = error
-    try:
-        if learner:
-            last = learner.result()
-            version = publish(last, arm, journal.version)
-            journal.ends(last, version)
-    except Exception as error:
-        trouble = trouble or error
-    state = learner.close() if learner else None
-    steps = []
+        trouble.append(error)
+
+    def learned():
+        nonlocal state
+        try:
+            arm.publish(learner.result())
+        finally:
+            state = learner.close()
+
+    steps = [learned] if learner else []
     if store:
-        weights = arm.draft.state_dict()
-        steps.append(lambda: store.write(journal.version, arm.draft.config, weights, state))
+        steps.append(lambda: store.write(arm.version, arm.draft, state))
     if args.export:
         steps.append(lambda: report.export(arm.draft, target, args))
-    steps += [journal.close, journal.print, journal.write_report]
-    for step in steps:  # one that fails never loses another
-        try:
-            step()
-        except (UserError, OSError, ValueError) as error:
-            trouble = trouble or UserError(str(error))
+    with deaf():  # a second Ctrl-C does not lose what the first one kept
+        for step in [*steps, journal.close, journal.print, journal.write_report]:
+            try:
+                step()
+            except Exception as error:  # one that fails never loses another
+                trouble.append(error)
     if trouble:
-        raise trouble
+        raise trouble[0]
 
 
 def stop(number, frame):
@@ -295,5 +303,8 @@ if __name__ == "__main__":
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (OSError, MemoryError) as error:  # a full disk, and the like
+        print(f"aurora: {error or 'out of memory'}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -215,7 +215,12 @@ def head_from(weights, config, target, path):
     shared = target.model.embed_tokens.weight
     if embedding is not None and not torch.equal(embedding.to(shared), shared):
         raise UserError(f"{path} has an embedding of its own; only the target's is supported")
-    return fill(Draft(target, config, weights.get("vocabulary")), weights, path)
+    vocabulary = weights.get("vocabulary")
+    if vocabulary is not None:
+        ids = vocabulary.tolist() if vocabulary.dtype == torch.int64 else []
+        if not ids or ids != sorted(set(ids)) or not 0 <= ids[0] <= ids[-1] < config.vocab_size:
+            raise UserError(f"{path}: its vocabulary is no ascending list of the target's ids")
+    return fill(Draft(target, config, vocabulary), weights, path)
 
 
 def load_draft(path, target):

@@ -186,7 +186,7 @@ class Generation:
             behaviour=pad_sequence(logprobs, batch_first=True),
             hidden=pad_sequence(hidden, batch_first=True),
             committed=torch.tensor(committed, device=device), temperature=r.temperature,
-            top_p=r.top_p, top_k=r.top_k, version=version, kind=r.kind)
+            top_p=r.top_p, top_k=r.top_k, version=version)
 
 
 def seconds_per_round(target, draft, temperature, rule="block"):

@@ -15,7 +15,7 @@ that reaches the end of the text goes on with itself: "abcabc" is followed by "a
 
 from array import array
 
-SHORTEST, LONGEST = 3, 32  # tokens of a match: what is hashed, and where comparing ends
+SHORTEST_MATCH, LONGEST_MATCH = 3, 32  # tokens of a match: what is hashed, and where comparing ends
 PLACES = 16  # compared at most
 BORDER = -1  # stands between texts: no token
 
@@ -55,12 +55,12 @@ class Memory:
 
     def lookup(self, text, K):
         """text: a list of tokens -> how many of its last tokens stood here before, 0 or between
-        SHORTEST and LONGEST, and at most K tokens that followed them."""
-        if len(text) < SHORTEST:
+        SHORTEST_MATCH and LONGEST_MATCH, and at most K tokens that followed them."""
+        if len(text) < SHORTEST_MATCH:
             return 0, []
         ring, capacity, oldest = self.tokens, self.capacity, max(0, self.size - self.capacity)
-        longest = min(LONGEST, len(text))
-        place, best, found = self.latest[self.hash(*text[-SHORTEST:])], SHORTEST - 1, -1
+        longest = min(LONGEST_MATCH, len(text))
+        place, best, found = self.latest[self.hash(*text[-SHORTEST_MATCH:])], SHORTEST_MATCH - 1, -1
         for _ in range(PLACES):
             if place < oldest + best:  # forgotten, or too near to what is
                 break

@@ -1,4 +1,4 @@
-"""The learner: serving is the environment, the draft is the policy, accepted tokens the reward.
+"""The policy gradient: serving is the environment, the draft the policy, tokens the reward.
 
 The objective is the expected number of accepted tokens of a round.  Of a chain x_1..x_K, with p and
 q for the target's and the draft's distribution at each place, after temperature, verify.py keeps j
@@ -37,23 +37,14 @@ together, it still has a direction.  `python -m bench.ladder` measures them by e
 All of it is conditional on where rounds start and on the rules by which chains end; that the draft
 moves those too is ignored.
 
-Letters: R rounds, K drafted tokens a round, V vocabulary, T tokens of a text, D hidden width.
+Letters: R rounds, K drafted tokens a round, V vocabulary.
 """
 
-import time
-from collections import deque
 from dataclasses import dataclass
 
 import torch
 
-from model import UserError
-from support.gate import Gate
-from support.trace import give_back, of_answer, of_rounds
-
 LARGEST = 20.0  # of log Q: the minimum does not look at a ratio of 5e8
-
-
-# ---- the estimators ------------------------------------------------------------------------------
 
 
 @dataclass
@@ -185,170 +176,3 @@ def acceptance(draft_logits, target_logits, tokens, temperature=1.0, rule="block
         c = chains(draft_logits, target_logits, tokens, temperature, "target", rule)
         kept, before = c.A, c.before * real
     return kept.sum(0) / before.sum(0).clamp(min=1e-9)
-
-
-# ---- the learner ---------------------------------------------------------------------------------
-
-
-def optimizers(model, lr, weight_decay=0.0):
-    """Muon (Jordan et al. 2024) on the matrices, AdamW at a seventh of its rate on embedding, head
-    and norms.  A Muon step turns a matrix by the same amount in every direction that has a
-    gradient: one answer moves a trained draft without wrecking it, and a random one learns what is
-    rare as fast as what is common."""
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    inner = {n for n, p in trained if p.ndim == 2 and "embed" not in n and "head" not in n}
-    matrices = [p for n, p in trained if n in inner]
-    rest = [p for n, p in trained if n not in inner]
-    muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay)
-    return [muon, torch.optim.AdamW(rest, lr=0.15 * lr, betas=(0.9, 0.95), weight_decay=0.0)]
-
-
-@torch.no_grad()
-def expected_length(draft, trace, head, K, rule, most=48):
-    """Tokens a round to expect of a draft in chains of K, had they started all over this answer."""
-    answer = len(trace.ids) - trace.prompt_length
-    places = torch.arange(0, answer, -(-answer // most), device=trace.ids.device)
-    logits, target_logits, tokens = of_answer(trace, draft, head, K, places)
-    logits = trace.sampling().filter(logits)  # as it would serve
-    places = acceptance(logits, target_logits, tokens, trace.temperature, rule)
-    return 1 + places.cumprod(0).sum().item()
-
-
-@dataclass
-class Outcome:
-    """What the learner made of one answer."""
-
-    expected_length: float  # tokens a round, of the draft that served, before learning from it
-    dropped: bool = False  # what was learned, by the gate
-    loss: float | None = None  # None: the learner pauses
-    version: int = 0
-    weights: dict | None = None  # to serve from now on, if they are others
-    seconds: float = 0.0
-
-
-class Learner:
-    """Learns from one answer after the other.  Three drafts: `draft` takes the steps; `average` is
-    the mean of its weights over the last `horizon` steps, which does what a falling rate would do
-    if traffic had an end (Polyak & Juditsky 1992); `began` is what the run started with.  The gate
-    says which of the last two serves.
-
-    An update is `steps` steps, each on `batch` traces: the new one (in the first step) and others
-    drawn from the last `recent`.  A trace teaches by the target's own tokens, in chains of `chain`
-    that start at `places` places of the answer drawn at random, and, with learn_from="both", by the
-    draft's own proposals, kept and rejected.  fresh: the draft begins with random weights, so its
-    average spans only the last third of its steps at first."""
-
-    def __init__(self, draft, head, estimator="log", rule="block", lr=0.02, steps=2, chain=5,
-                 learn_from="target", fresh=False, gate=True, places=96, batch=3, recent=32,
-                 horizon=60, precision=torch.float32, seed=0):
-        self.draft, self.head, self.estimator, self.rule = draft, head, estimator, rule
-        self.steps, self.chain, self.learn_from, self.places = steps, chain, learn_from, places
-        self.batch, self.horizon, self.precision = batch, horizon, precision
-        self.average, self.began = draft.clone(), draft.clone()
-        self.averaged = 0 if fresh else 3 * horizon  # steps that the average knows of
-        self.optimizers = optimizers(draft, lr)
-        self.recent, self.gate, self.gated = deque(maxlen=recent), Gate(), gate
-        self.version = 0
-        self.generator = torch.Generator().manual_seed(seed)
-
-    @property
-    def serves(self):
-        return self.average if self.gate.ahead or not self.gated else self.began
-
-    def update(self, trace):
-        """One more answer -> Outcome.  Raises UserError if learning diverges; what serves stays."""
-        start, served = time.perf_counter(), self.serves
-        with self.replaying(trace.ids.device):
-            learned = expected_length(self.average, trace, self.head, self.chain, self.rule)
-            began = expected_length(self.began, trace, self.head, self.chain, self.rule)
-        outcome = Outcome(learned if served is self.average else began)
-        if self.gate.paused:
-            self.gate.paused -= 1
-        elif self.gated and self.gate.judge(learned - began):
-            outcome.dropped = True
-            self.go_back(self.began)
-        else:
-            outcome.loss = self.learn(trace)
-        self.recent.append(trace)
-        if self.serves is not served or self.serves is self.average and outcome.loss is not None:
-            self.version, outcome.weights = self.version + 1, self.serves.state_dict()
-        outcome.version, outcome.seconds = self.version, time.perf_counter() - start
-        return outcome
-
-    def learn(self, trace):
-        """The steps -> the loss of this trace."""
-        first = None
-        for step in range(self.steps):
-            order = torch.randperm(len(self.recent), generator=self.generator)
-            drawn = [self.recent[i] for i in order]
-            traces = (drawn if step and drawn else [trace, *drawn])[: self.batch]
-            for example in traces:
-                with self.replaying(example.ids.device):
-                    loss = self.loss(example)
-                (loss / len(traces)).backward()
-                first = loss.item() if first is None else first
-            norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
-            for optimizer in self.optimizers if norm.isfinite() else ():
-                optimizer.step()
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
-            largest = max(p.detach().abs().max() for p in self.draft.parameters())
-            if not (norm.isfinite() and largest < 1e6):  # NaN is not less
-                self.recent.clear()  # one of them may be to blame
-                self.go_back(self.average)
-                raise UserError("learning diverged: a gradient is not finite, or the weights have "
-                                "left the numbers; lower --lr")
-            self.averaged += 1
-            weight = max(1 / self.horizon, 3 / (self.averaged + 2))
-            with torch.no_grad():
-                for mean, p in zip(self.average.parameters(), self.draft.parameters()):
-                    mean.lerp_(p, weight)
-        return first
-
-    def loss(self, trace):
-        places = torch.arange(len(trace.ids) - trace.prompt_length, device=trace.ids.device)
-        sides = [("target", of_answer(trace, self.draft, self.head, self.chain, self.some(places)))]
-        rounds = self.some(trace.drafted().nonzero()[:, 0])
-        if self.learn_from == "both" and len(rounds):
-            sides.append((trace.behaviour[rounds], of_rounds(trace, self.draft, self.head, rounds)))
-        total, count = 0.0, 0
-        for behaviour, (logits, target_logits, tokens) in sides:
-            logits = give_back(logits, target_logits, trace)
-            loss = policy_gradient_loss(logits, target_logits, tokens, trace.temperature,
-                                        self.estimator, behaviour, self.rule)
-            total, count = total + len(tokens) * loss, count + len(tokens)
-        return total / count
-
-    def some(self, places):
-        """At most self.places of these, drawn without looking at what happened there."""
-        order = torch.randperm(len(places), generator=self.generator)[: self.places]
-        return places[order.sort().values.to(places.device)]
-
-    def replaying(self, device):
-        """Products in bfloat16 where they are faster; weights, losses and steps stay float32."""
-        return torch.autocast(device.type, torch.bfloat16, self.precision == torch.bfloat16)
-
-    def go_back(self, draft):
-        """These weights learn on and serve as if nothing had come after them."""
-        for module in (self.draft, self.average):
-            module.load_state_dict(draft.state_dict())
-        for optimizer in self.optimizers:
-            optimizer.state.clear()
-            optimizer.zero_grad()
-
-    def state(self):
-        """What a resumed learner needs; no trace: those are users' text."""
-        drafts = {name: getattr(self, name).state_dict() for name in ("draft", "average", "began")}
-        numbers = {"gate": vars(self.gate), "averaged": self.averaged, "version": self.version}
-        return drafts | numbers | {"optimizers": [o.state_dict() for o in self.optimizers]}
-
-    def restore(self, state):
-        """What state() gave.  Raises KeyError or ValueError if it is another version's."""
-        for name in ("draft", "average", "began"):
-            getattr(self, name).load_state_dict(state[name])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            rate = optimizer.param_groups[0]["lr"]  # this run's
-            optimizer.load_state_dict(saved)
-            optimizer.param_groups[0]["lr"] = rate
-        vars(self.gate).update(state["gate"])
-        self.averaged, self.version = state["averaged"], state["version"]

@@ -10,11 +10,11 @@ from collections import Counter
 import pytest
 import torch
 
-import rl
 from draft import Draft
+from learner import Learner, expected_length
 from memory import Memory
 from model import Head
-from rl import ESTIMATORS, Learner, chains, policy_gradient_loss
+from rl import ESTIMATORS, chains, policy_gradient_loss
 from support.background import Background
 from support.draft_length import HEAD, REQUEST, SHARED, FixedLength, Plan
 from support.gate import Gate
@@ -475,7 +475,7 @@ def test_serving_teaches_the_draft(learn_from, temperature, precision):
     served = draft.clone()
 
     def accepted():
-        lengths = [rl.expected_length(served, x, head_of_target, 3, "block") for x in held]
+        lengths = [expected_length(served, x, head_of_target, 3, "block") for x in held]
         return sum(lengths) / len(lengths) - 1
 
     before = accepted()

@@ -16,10 +16,8 @@ import torch
 from tqdm import tqdm
 
 import aurora
-from model import Head, by_columns
-from rl import Learner
+from model import by_columns
 from support import options
-from support.background import Background
 from support.draft_length import FixedLength
 
 
@@ -50,10 +48,7 @@ def build(target, args, changes, learns, costs):
     arm, costs = aurora.make_arm(target, served, here, costs)
     learner = None
     if learns:
-        fresh = here.draft == "scratch"
-        learner = Learner(draft, Head(target), here.estimator, here.rule, here.lr, here.steps,
-                          fresh=fresh, seed=here.seed)
-        learner = Background(learner, process=True)
+        learner = aurora.make_learner(draft, None, target, here)
     return arm, learner, costs
 
 

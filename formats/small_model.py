@@ -59,7 +59,7 @@ class SmallModel(Chain, Transformer):
 
 def within(positions, cache):
     """Pads may stand past the cache's end: they go into its last slot, which no token reads."""
-    return positions.clamp(max=cache.k[0].shape[1] - 1)
+    return positions.clamp(max=cache.length - 1)
 
 
 def is_small_model(path):

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import connection, get_context, parent_process
 
 import torch
@@ -25,6 +26,8 @@ class Background:
         if process:
             context, start = get_context("spawn"), (packed(learner), torch.get_num_threads())
             self.core = ProcessPoolExecutor(1, context, initializer=begin, initargs=start)
+            with deaf():  # so is the process from its first moment: signals are for who serves
+                self.core.submit(os.getpid)
         else:
             self.core = ThreadPoolExecutor(1)
 
@@ -67,10 +70,20 @@ def unpacked(data):
     return torch.load(io.BytesIO(data), weights_only=False)
 
 
+@contextmanager
+def deaf():
+    """No signal that asks to end is heard inside, nor ever by a process that starts inside."""
+    names = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = [signal.signal(name, signal.SIG_IGN) for name in names]
+    try:
+        yield
+    finally:
+        for name, handler in zip(names, before):
+            signal.signal(name, handler)
+
+
 def begin(learner, threads):
-    """Where the process begins.  Ctrl-C is for the one that serves, whose end is this one's too."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)
+    """Where the process begins; it ends with the one that serves."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # numbers under 1e-38 take a processor far longer

@@ -6,11 +6,9 @@ tokens and the seconds of serving and of waiting for the learner and the memory.
 """
 
 import json
-import os
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -18,16 +16,16 @@ from tqdm import tqdm
 from model import UserError
 from support.build import kernel
 from support.draft_length import HEAD, PLAIN, REQUEST, SHARED
+from support.store import write
 
 SOURCES = {PLAIN: "the target alone", HEAD: "the head", REQUEST: "this text", SHARED: "all texts"}
 COLOURS = {HEAD: "\033[32m", REQUEST: "\033[36m", SHARED: "\033[35m", PLAIN: "\033[33m"}
 
 
-def say(*lines):
+def say(text, end="\n"):
     """Prints, whatever the terminal can encode."""
-    text = "\n".join(lines)
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    print(text.encode(encoding, "replace").decode(encoding), end=end, flush=True)
 
 
 def shown(name):
@@ -35,8 +33,8 @@ def shown(name):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
 
 
-def count(model, trained=False):
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+def count(model):
+    return sum(p.numel() for p in model.parameters())
 
 
 def facts(target, draft, length, args, requests):
@@ -51,12 +49,11 @@ def facts(target, draft, length, args, requests):
         learning = "off"
     say(f"target   {args.target}: {count(target) / 1e6:.1f}M parameters, {c.num_hidden_layers} "
         f"layers of {c.hidden_size}, {args.dtype}, {weights / 1e6:.0f} MB a token, {args.device}, "
-        f"{torch.get_num_threads()} threads",
-        f"draft    {args.draft}: {head}; memory: {args.memory}",
-        f"verify   {args.rule} rule by {which}, {law}; {length}",
-        f"learner  {learning}",
-        f"traffic  {len(requests)} requests of {args.max_new_tokens} tokens: {', '.join(kinds)}",
-        "")
+        f"{torch.get_num_threads()} threads\n"
+        f"draft    {args.draft}: {head}; memory: {args.memory}\n"
+        f"verify   {args.rule} rule by {which}, {law}; {length}\n"
+        f"learner  {learning}\n"
+        f"traffic  {len(requests)} requests of {args.max_new_tokens} tokens: {', '.join(kinds)}\n")
 
 
 def line_of(name, served):
@@ -90,14 +87,17 @@ def summary(lines):
     total = {k: sum(line[k] for line in lines) for k in (
         "tokens", "rounds", "plain_rounds", "accepted", "drafted", "serve_seconds", "wait_seconds")}
     rounds, seconds = max(1, total["rounds"]), total["serve_seconds"] + total["wait_seconds"]
-    sources = Counter()
+    sources, histogram = Counter(), Counter()
     for line in lines:
         sources.update(line["tokens_by_source"])
+        histogram.update(dict(enumerate(line["acceptance_histogram"])))
+    at_least = [sum(n for k, n in histogram.items() if k >= i) for i in range(1, len(histogram))]
     learned = [line["learned_before"] for line in lines if line["learned_before"]]
     return total | {
         "requests": len(lines), "tokens_per_second": total["tokens"] / max(1e-9, seconds),
         "mean_acceptance_length": 1 + total["accepted"] / rounds,
         "tokens_per_round": total["tokens"] / max(1, total["rounds"] + total["plain_rounds"]),
+        "acceptance_per_position": [n / rounds for n in at_least],
         "draft_acceptance_rate": total["accepted"] / max(1, total["drafted"]),
         "tokens_by_source": dict(sources),
         "learn_seconds": sum(outcome["seconds"] for outcome in learned),
@@ -108,7 +108,7 @@ class Journal:
     """A line a request and arm: the bar and the log while it runs, the table at the end."""
 
     def __init__(self, args, total):
-        self.args, self.lines, self.version = args, [], 0
+        self.args, self.lines = args, []
         self.log = open(args.log, "w") if args.log else None
         self.bar = tqdm(total=total, unit="request", disable=None)
 
@@ -118,8 +118,6 @@ class Journal:
         if self.log:
             print(json.dumps(line), file=self.log, flush=True)
         if name == "online":
-            if served.outcome:
-                self.version = served.outcome.version
             recent = summary([x for x in self.lines if x["arm"] == name][-8:])
             self.bar.set_postfix_str(
                 f"{shown(line['class'])}: {recent['tokens_per_round']:.2f} tokens a round, "
@@ -136,9 +134,6 @@ class Journal:
         """A few plain requests stand beside the others throughout, so that the ratio is fair."""
         online = sum(line["arm"] == "online" for line in self.lines)
         return online % 3 == 1
-
-    def ends(self, outcome, version):
-        self.version = version if outcome else self.version
 
     def of(self, kind, arm):
         return [x for x in self.lines if x["class"] == kind and x["arm"] == arm]
@@ -172,7 +167,7 @@ class Journal:
                                 f"{s['tokens_per_second']:.1f}", ratio,
                                 f"{s['tokens_per_round']:.2f}",
                                 f"{s['mean_acceptance_length']:.2f}", said))
-        say("", self.sentence())
+        say("\n" + self.sentence())
 
     def sentence(self):
         """What it came to, in plain words: the last third of the requests."""
@@ -192,9 +187,7 @@ class Journal:
         if self.args.report:
             config = vars(self.args) | {"torch": str(torch.__version__)}
             content = {"config": config, "classes": self.table()}
-            temporary = Path(f"{self.args.report}.{os.getpid()}.new")
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
-            temporary.replace(self.args.report)
+            write(self.args.report, json.dumps(content, indent=1) + "\n")
 
 
 def stream(generations, tokenizer):
@@ -206,18 +199,13 @@ def stream(generations, tokenizer):
         for i, token in enumerate(answer[said:]):
             by = done.source if i < done.accepted else PLAIN
             text = put(token)
-            say_part(f"{COLOURS[by]}{text}\033[0m" if tty else text)
+            say(f"{COLOURS[by]}{text}\033[0m" if tty else text, end="")
         said = len(answer)
-    say_part(end())
+    say(end(), end="")
     seconds, rounds = time.perf_counter() - start, len(generation.rounds[0])
     legend = "  ".join(f"{COLOURS[s]}{SOURCES[s]}\033[0m" for s in SOURCES) if tty else ""
     print(f"\n\n{said} tokens in {seconds:.2f} s, {said / rounds:.2f} a round  {legend}",
           file=sys.stderr)
-
-
-def say_part(text):
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
 
 
 def export(draft, target, args):

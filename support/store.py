@@ -15,12 +15,32 @@ import torch
 from model import Config, Transformer, UserError
 
 
-def save(path, config, weights, record):
-    """Writes beside `path` and renames, so that what stands there is always whole."""
+def write(path, content):
+    """content: text, or what torch.save takes.  It is written under a name that nobody shares,
+    flushed to the disk and renamed, so that what stands at `path` is always whole.  OSError if it
+    cannot be."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"config": asdict(config), "weights": weights, "record": record}, f"{path}.new")
-    Path(f"{path}.new").replace(path)
+    handle, new = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+    try:
+        with open(handle, "wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException as error:
+        os.unlink(new)
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
+        reason = getattr(error, "strerror", None) or "is the disk full?"  # torch does not say
+        raise OSError(f"cannot write {path}: {reason}") from None
+
+
+def save(path, config, weights, record):
+    write(path, {"config": asdict(config), "weights": weights, "record": record})
 
 
 def load(path):
@@ -41,15 +61,20 @@ def fill(model, weights, path, assign=False):
     own = model.state_dict()
     for name in sorted(own.keys() ^ weights.keys()):
         what = "missing" if name in own else "not known to this model"
-        raise UserError(f"{path}: tensor {name} is {what}")
+        raise UserError(f"{path}: tensor {printable(name)} is {what}")
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape:
             shapes = f"{tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
-            raise UserError(f"{path}: {name} has shape {shapes}")
+            raise UserError(f"{path}: {printable(name)} has shape {shapes}")
         if tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):
-            raise UserError(f"{path}: {name} holds NaN or infinity")
+            raise UserError(f"{path}: {printable(name)} holds NaN or infinity")
     model.load_state_dict(weights, assign=assign)
     return model
+
+
+def printable(name):
+    """A name out of a file, as it may stand in one line."""
+    return ascii(name)[1:-1]
 
 
 def load_target(path):
@@ -65,9 +90,8 @@ def load_target(path):
 class Store:
     """A --save directory, held by one process at a time.
 
-    A version is written under a name that nobody shares, flushed to the disk and renamed; `latest`
-    changes last, so what it names is always whole.  Numbers go on from the highest there is: to go
-    on from an older version overwrites none."""
+    `latest` changes last, so what it names is whole.  Numbers go on from the highest there is: to
+    go on from an older version overwrites none."""
 
     def __init__(self, directory):
         self.directory = Path(directory)
@@ -87,30 +111,14 @@ class Store:
     def __exit__(self, *_):
         self.lock.close()
 
-    def write(self, version, config, weights, state):
-        """state: the learner's, or None if it was lost."""
+    def write(self, version, draft, state):
+        """state: the learner's, None if there is none."""
         name = f"v{max(version, self.first):06d}"
-        with tempfile.TemporaryDirectory(dir=self.directory, prefix=".new") as folder:
-            folder = Path(folder)
-            record = {"version": version}
-            content = {"config": asdict(config), "weights": weights, "record": record}
-            for file, value in ("draft.pt", content), ("learner.pt", state):
-                if value is not None:
-                    torch.save(value, folder / file)
-                    flush(folder / file)
-            final = self.directory / name
-            final.mkdir(exist_ok=True)
-            for file in folder.iterdir():
-                file.chmod(0o600)
-                os.replace(file, final / file.name)
-            (folder / "latest").write_text(name + "\n")
-            flush(folder / "latest")
-            os.replace(folder / "latest", self.directory / "latest")
-
-
-def flush(path):
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+        if state is not None:
+            write(self.directory / name / "learner.pt", state)
+        path = self.directory / name / "draft.pt"
+        save(path, draft.config, draft.state_dict(), {"version": version})
+        write(self.directory / "latest", name + "\n")
 
 
 def number_of(path):

@@ -33,7 +33,6 @@ class Trace:
     top_p: float = 1.0
     top_k: int = 0
     version: int = 0  # of the draft that served
-    kind: str = "prompts"  # class of traffic
 
     def drafted(self):
         """(R,) bool: the rounds in which the draft proposed anything."""
@@ -46,10 +45,6 @@ class Trace:
 
     def sampling(self):
         return Sampling([(self.temperature, self.top_p, self.top_k)], self.ids.device)
-
-    def to(self, device):
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return Trace(**vars(self) | moved)
 
 
 def of_rounds(trace, draft, head, rounds):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import rl
+from support.optimizers import muon_and_adamw
 
 
 def rate(progress):
@@ -24,7 +24,7 @@ def train(model, minutes, checkpoint, batch_loss, evaluate):
 
     batch_loss(step, progress) -> (loss, bytes), where the step alone seeds what is random.  Every
     tenth of the way evaluate() -> {class: number} is printed and kept.  Returns what it gave."""
-    optimizers = rl.optimizers(model, lr=0.02, weight_decay=0.01)
+    optimizers = muon_and_adamw(model, lr=0.02, weight_decay=0.01)
     full = [o.param_groups[0]["lr"] for o in optimizers]
     step, spent, history, budget = 0, 0.0, [], minutes * 60
     if Path(checkpoint).exists():

@@ -189,12 +189,33 @@ def test_one_directory_is_saved_into_by_one_process(files, tmp_path):
     assert versions(tmp_path / "kept") == ["v000000"]
 
 
-def test_a_report_that_cannot_be_written_loses_nothing_else(files, tmp_path, capsys):
-    """It is written beside its path first; a folder stands there."""
-    (tmp_path / f"r.json.{os.getpid()}.new").mkdir()
-    with pytest.raises(UserError, match="directory"):
+def test_a_report_that_cannot_be_written_loses_nothing_else(files, tmp_path, monkeypatch):
+    """While it serves, a folder takes the report's place."""
+
+    class Spoils(io.StringIO):
+        def write(self, text):
+            (tmp_path / "r.json").mkdir(exist_ok=True)
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", Spoils())
+    with pytest.raises(OSError, match="directory"):
         serve(files, "--no-learn", "--save", tmp_path / "kept", "--report", tmp_path / "r.json")
-    assert versions(tmp_path / "kept") == ["v000000"] and "online" in capsys.readouterr().out
+    assert versions(tmp_path / "kept") == ["v000000"] and "online" in sys.stdout.getvalue()
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing_else(files, tmp_path):
+    """No file may grow past 20 kB, so the draft cannot be kept: no version pretends that it was,
+    nothing half written stays, and the table and the report are there."""
+    more = flags(files, "--save", tmp_path / "kept", "--report", tmp_path / "r.json")
+    code = (f"import resource, runpy, sys; sys.argv = {['aurora.py', *map(str, more)]!r}; "
+            "import torch; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+            f"runpy.run_path({str(HERE / 'aurora.py')!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, text=True, capture_output=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert f"cannot write {tmp_path}/kept/" in done.stderr.splitlines()[-1]
+    assert "online" in done.stdout and json.loads((tmp_path / "r.json").read_text())["classes"]
+    left = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
+    assert [path.name for path in left] == [".lock"]
 
 
 class Breaks(io.StringIO):
@@ -213,7 +234,7 @@ class Breaks(io.StringIO):
 
 def test_a_broken_pipe_loses_nothing_else(files, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Breaks())
-    with pytest.raises(UserError, match="broken pipe"):
+    with pytest.raises(BrokenPipeError):
         serve(files, "--no-learn", "--save", tmp_path / "kept", "--report", tmp_path / "r.json")
     assert "traffic" in sys.stdout.getvalue()
     assert versions(tmp_path / "kept") == ["v000000"] and (tmp_path / "r.json").exists()

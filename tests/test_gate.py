@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model import Head
-from rl import Learner
+from learner import Learner
 from support.draft_length import FixedLength
 from support.gate import EARLIEST, PAUSE, Gate
 

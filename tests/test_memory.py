@@ -6,21 +6,21 @@ import time
 
 import pytest
 
-from memory import BORDER, LONGEST, PLACES, SHORTEST, Memory
+from memory import BORDER, LONGEST_MATCH, PLACES, SHORTEST_MATCH, Memory
 
 
 def matched(history, place, text):
     """How many of the last tokens of the text stand in the history, the last of them at place."""
     n = 0
-    while n < min(LONGEST, len(text), place + 1) and history[place - n] == text[-1 - n]:
+    while n < min(LONGEST_MATCH, len(text), place + 1) and history[place - n] == text[-1 - n]:
         n += 1
     return n
 
 
 def searched(history, text, K, places=None):
     """What a lookup is to find in all of this history, by looking everywhere, the latest first."""
-    best, found = SHORTEST - 1, None
-    candidates = [p for p in range(len(history) - 1) if matched(history, p, text) >= SHORTEST]
+    best, found = SHORTEST_MATCH - 1, None
+    candidates = [p for p in range(len(history) - 1) if matched(history, p, text) >= SHORTEST_MATCH]
     for place in reversed(candidates[-(places or len(history)) :]):
         n = matched(history, place, text)
         if n > best:
@@ -64,7 +64,7 @@ def test_the_longest_match_is_found_and_of_equals_the_latest(seed):
             found = memory.lookup(text, K)
             assert found == searched(text, text, K, PLACES)
             lengths.add(found[0])
-    assert {0, SHORTEST, LONGEST} <= lengths
+    assert {0, SHORTEST_MATCH, LONGEST_MATCH} <= lengths
 
 
 def test_others_texts_are_searched_for_the_end_of_this_one():
@@ -159,8 +159,8 @@ def test_a_long_text_of_one_byte_is_looked_up_in_no_time():
     memory.extend(text)
     start = time.perf_counter()
     for _ in range(200):
-        assert memory.lookup(text[-100:], 16) == (LONGEST, [0] * 16)
-        assert memory.lookup([1] * 97 + [0, 0, 0], 16) == (SHORTEST, [0] * 16)
+        assert memory.lookup(text[-100:], 16) == (LONGEST_MATCH, [0] * 16)
+        assert memory.lookup([1] * 97 + [0, 0, 0], 16) == (SHORTEST_MATCH, [0] * 16)
     assert time.perf_counter() - start < 2  # 0.02 s; some minutes if all were compared
 
 
