@@ -51,7 +51,7 @@ class Learner:
     draft's own proposals, kept and rejected.  fresh: the draft begins with random weights, so its
     average spans only the last third of its steps at first."""
 
-    def __init__(self, draft, head, estimator="log", rule="block", lr=0.02, steps=2, chain=5,
+    def __init__(self, draft, head, estimator="log", rule="block", lr=0.02, steps=1, chain=5,
                  learn_from="target", fresh=False, gate=True, places=96, batch=3, recent=32,
                  horizon=60, precision=torch.float32, seed=0):
         self.draft, self.head, self.estimator, self.rule = draft, head, estimator, rule

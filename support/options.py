@@ -87,7 +87,7 @@ def arguments(argv=None):
     add = parser.add_argument_group("learning").add_argument
     add("--estimator", choices=ESTIMATORS, default="log", help="a rung of rl.py's ladder")
     add("--lr", type=real(1e-8, 10), help="of Muon (default: 0.03 for scratch, else 0.015)")
-    add("--steps", type=whole(1), default=2, help="of the optimizer, an answer")
+    add("--steps", type=whole(1), default=1, help="of the optimizer, an answer")
     add("--no-gate", action="store_true", help="what is learned always serves")
     add("--no-learn", action="store_true")
 
