@@ -21,28 +21,26 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall a small model
 
-import re
 import signal
 import sys
 import time
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from draft import Draft, load_draft
+from formats.find import find_draft, find_target
 from generation import Generation, Request, seconds_per_round
 from learner import Learner
 from memory import Memory
 from model import Head, UserError, by_columns
 from support import options, report
-from support.background import Background, deaf
+from support.background import ENDINGS, Background, deaf, unheard
 from support.build import kernel
 from support.corpus import prompts_of
 from support.draft_length import HEAD, DraftLength, FixedLength
-from support.store import Store, load_target, load_version
+from support.store import Store
 from verify import NoDistribution
 
 
@@ -105,7 +103,7 @@ def aurora(target, arm, learner, requests):
         if learner:
             served.outcome = learner.result()  # update, gate
             arm.publish(served.outcome)  # publish
-            trace = served.generation.trace(version=served.version)  # trace
+            trace = served.generation.trace()  # trace
         if arm.shared:
             arm.shared.remember(served.generation.text[0])
         served.waited = time.perf_counter() - start
@@ -115,57 +113,6 @@ def aurora(target, arm, learner, requests):
 
 
 # ---- from the command line to the loop -----------------------------------------------------------
-
-
-def find_target(args):
-    """-> the target and its tokenizer."""
-    if is_file(args.target):
-        from formats.tokens import Bytes
-
-        target = load_target(args.target)[0]
-        return target, Bytes(target.config)
-    from formats import huggingface
-
-    return huggingface.load_target(args.target, getattr(torch, args.dtype))
-
-
-def find_draft(name, target, args):
-    """-> a draft for the target, and the state of the learner that was kept with it, if any."""
-    if name == "none":
-        return None, None
-    if name == "scratch":
-        return Draft(target, vocabulary=vocabulary_of(args.draft_vocab, target)), None
-    if name in options.STATIC:
-        name = options.STATIC[name]
-    if Path(name).is_dir() and not Path(name, "config.json").exists():
-        path, state = load_version(Path(name))
-        return read_draft(str(path), target), state
-    return read_draft(name, target), None
-
-
-def vocabulary_of(size, target):
-    """The ids that a pruned draft can say; None: all."""
-    if not size:
-        return None
-    from formats.pruned import lowest_ids
-
-    return lowest_ids(target.config, size)
-
-
-def read_draft(name, target):
-    from formats import huggingface, small_model
-
-    if not is_file(name):
-        return huggingface.load_draft(name, target)
-    if Path(name).is_file() and small_model.is_small_model(name):
-        return small_model.load_small_model(name, target)
-    return load_draft(name, target)[0]
-
-
-def is_file(name):
-    """A file that this project wrote, or that is missing; all else is a directory or a hub's."""
-    looks_like = name.endswith(".pt") or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
-    return Path(name).is_file() or not Path(name).is_dir() and looks_like
 
 
 def make_requests(args, tokenizer, context):
@@ -220,14 +167,14 @@ def main(argv=None):
     args = options.arguments(argv)
     options.check_device(args.device)
     torch.manual_seed(args.seed)  # a fresh draft's weights
-    target, tokenizer = find_target(args)
+    target, tokenizer = find_target(args.target, args.dtype)
     target = target.to(args.device, getattr(torch, args.dtype)).eval()
     if args.device == "cpu" and sum(p.numel() for p in target.parameters()) < 50e6:
         torch.set_num_threads(1)  # a second one gains a small target nothing
-    draft, state = find_draft(args.draft, target, args)
+    draft, state = find_draft(args.draft, target, args.draft_vocab)
     static = draft
     if args.compare and args.static:
-        static, _ = find_draft(args.static, target, args)
+        static, _ = find_draft(args.static, target)
     models = [m.to(args.device) for m in (draft, static) if m]
     context = min(m.config.max_position_embeddings for m in (target, *models))
     requests = make_requests(args, tokenizer, context)
@@ -278,7 +225,7 @@ def run(target, arm, learner, state, requests, others, args, store):
         steps.append(lambda: store.write(arm.version, arm.draft, state))
     if args.export:
         steps.append(lambda: report.export(arm.draft, target, args))
-    with deaf():  # a second Ctrl-C does not lose what the first one kept
+    with deaf():  # Ctrl-C comes too late
         for step in [*steps, journal.close, journal.print, journal.write_report]:
             try:
                 step()
@@ -288,12 +235,15 @@ def run(target, arm, learner, state, requests, others, args, store):
         raise trouble[0]
 
 
-def stop(number, frame):
+def stop(*_):
+    """The first signal ends the serving; from then on none is heard, so that all is kept."""
+    for name in ENDINGS:
+        signal.signal(name, unheard)
     raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    for name in (signal.SIGTERM, signal.SIGHUP):
+    for name in ENDINGS:
         signal.signal(name, stop)
     try:
         main()

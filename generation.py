@@ -170,7 +170,7 @@ class Generation:
     def answer(self, b=0):
         return self.text[b][len(self.requests[b].prompt) :]
 
-    def trace(self, b=0, version=0):
+    def trace(self, b=0):
         r = self.requests[b]
         starts, tokens, logprobs, hidden, features = zip(*self.pieces[b])
         by_head = [round.source == HEAD for round in self.rounds[b]]
@@ -186,7 +186,7 @@ class Generation:
             behaviour=pad_sequence(logprobs, batch_first=True),
             hidden=pad_sequence(hidden, batch_first=True),
             committed=torch.tensor(committed, device=device), temperature=r.temperature,
-            top_p=r.top_p, top_k=r.top_k, version=version)
+            top_p=r.top_p, top_k=r.top_k)
 
 
 def seconds_per_round(target, draft, temperature, rule="block"):

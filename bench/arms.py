@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 import aurora
+from formats.find import find_draft, find_target
 from model import by_columns
 from support import options
 from support.draft_length import FixedLength
@@ -42,7 +43,7 @@ def arms_for(vary, target, args, lengths):
 
 def build(target, args, changes, learns, costs):
     here = argparse.Namespace(**vars(args) | changes)
-    draft, _ = aurora.find_draft(here.draft, target, here)
+    draft, _ = find_draft(here.draft, target, here.draft_vocab)
     served = draft.clone()
     by_columns(served)
     arm, costs = aurora.make_arm(target, served, here, costs)
@@ -54,7 +55,7 @@ def build(target, args, changes, learns, costs):
 
 def serve_all(target, args, vary, lengths, found):
     """One seed: every request by every arm in turn -> adds (tokens, seconds, rounds) to found."""
-    tokenizer = aurora.find_target(args)[1]
+    tokenizer = find_target(args.target, args.dtype)[1]
     requests = aurora.make_requests(args, tokenizer, target.config.max_position_embeddings)
     arms, costs = {"plain": (aurora.Arm(length=FixedLength(0)), None)}, None
     torch.manual_seed(args.seed)
@@ -85,7 +86,7 @@ def main():
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
     ours, rest = parser.parse_known_args()
     args = options.arguments(rest)
-    target = aurora.find_target(args)[0].eval()
+    target = find_target(args.target, args.dtype)[0].eval()
     torch.set_num_threads(1)
     by_columns(target)
     found = defaultdict(lambda: [0, 0.0, 0])

@@ -15,6 +15,7 @@ import torch
 
 from model import UserError
 
+ENDINGS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # what asks a program to end
 DIED = "the learner's process died; is there memory for it?  --no-learn serves without it"
 
 
@@ -26,7 +27,7 @@ class Background:
         if process:
             context, start = get_context("spawn"), (packed(learner), torch.get_num_threads())
             self.core = ProcessPoolExecutor(1, context, initializer=begin, initargs=start)
-            with deaf():  # so is the process from its first moment: signals are for who serves
+            with deaf(signal.SIG_IGN):  # for the process too, from its first moment
                 self.core.submit(os.getpid)
         else:
             self.core = ThreadPoolExecutor(1)
@@ -70,15 +71,19 @@ def unpacked(data):
     return torch.load(io.BytesIO(data), weights_only=False)
 
 
+def unheard(*_):
+    """Handles a signal by doing nothing.  (SIG_IGN makes Python complain of one on its way.)"""
+
+
 @contextmanager
-def deaf():
-    """No signal that asks to end is heard inside, nor ever by a process that starts inside."""
-    names = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    before = [signal.signal(name, signal.SIG_IGN) for name in names]
+def deaf(handler=unheard):
+    """No signal that asks to end is heard inside; with SIG_IGN, nor ever by a process that starts
+    inside."""
+    before = [signal.signal(name, handler) for name in ENDINGS]
     try:
         yield
     finally:
-        for name, handler in zip(names, before):
+        for name, handler in zip(ENDINGS, before):
             signal.signal(name, handler)
 
 

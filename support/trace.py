@@ -32,7 +32,6 @@ class Trace:
     temperature: float
     top_p: float = 1.0
     top_k: int = 0
-    version: int = 0  # of the draft that served
 
     def drafted(self):
         """(R,) bool: the rounds in which the draft proposed anything."""

@@ -309,6 +309,32 @@ def test_what_was_learned_outlives_an_interruption(files, tmp_path, name):
     assert (run.kept / version / "learner.pt").exists()
 
 
+def test_more_signals_lose_nothing(files, tmp_path):
+    """Whoever is impatient sends Ctrl-C again and again, and then worse."""
+    with Running(files, tmp_path) as run:
+        (learner,) = run.learner()
+        for _ in range(200):
+            for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                run.process.send_signal(name)
+            time.sleep(0.005)
+        out, err = run.process.communicate(timeout=30)
+        assert run.process.returncode == 0 and not alive(learner)
+    assert "Traceback" not in err and "online" in out
+    (version,) = versions(run.kept)
+    assert (run.kept / version / "learner.pt").exists()
+
+
+def test_serving_without_learning_keeps_what_an_earlier_run_learned(files, tmp_path):
+    """The learner's state goes along, so that a third run can go on learning."""
+    kept = tmp_path / "kept"
+    serve(files, "--save", kept)
+    serve(files, "--draft", kept, "--no-learn", "--save", kept)
+    first, second = versions(kept)
+    before, after = (torch.load(kept / v / "learner.pt") for v in (first, second))
+    assert before["version"] == after["version"] > 0
+    assert all(torch.equal(w, after["draft"][name]) for name, w in before["draft"].items())
+
+
 def test_no_learner_outlives_its_master(files, tmp_path):
     with Running(files, tmp_path) as run:
         (learner,) = run.learner()
