@@ -151,7 +151,7 @@ def make_arm(target, draft, args, costs=None):
 def make_learner(draft, state, target, args):
     """A Background that learns on this draft, as an earlier run left it if there was one."""
     amx = args.device == "cpu" and torch.cpu._is_amx_tile_supported()
-    learner = Learner(draft, Head(target), args.estimator, args.rule, args.lr, args.steps,
+    learner = Learner(draft, Head(target), args.estimator, args.rule, args.lr, args.learn_every,
                       fresh=args.draft == "scratch", gate=not args.no_gate, seed=args.seed,
                       precision=torch.bfloat16 if amx else torch.float32)
     try:

@@ -205,7 +205,7 @@ def seconds_per_round(target, draft, temperature, rule="block"):
         request = Request(prompt, new, 0, temperature)
         generation = Generation(target, draft, [request], rule=rule)
         times = {}
-        for plan in [*kinds, *[Plan()] * 12]:
+        for plan in [kinds[0], *kinds, *[Plan()] * 12]:  # in the first, the draft reads the prompt
             generation.guesses = {REQUEST: [(1, [0] * plan.K)]}
             generation.text = [list(prompt)]  # every round is the first, whatever was said
             generation.left = [new]

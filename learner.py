@@ -33,7 +33,7 @@ class Outcome:
 
     expected_length: float  # tokens a round, of the draft that served, before learning from it
     dropped: bool = False  # what was learned, by the gate
-    loss: float | None = None  # None: the learner pauses
+    loss: float | None = None  # None: no step was due, or the learner pauses
     version: int = 0
     weights: dict | None = None  # to serve from now on, if they are others
     seconds: float = 0.0
@@ -45,23 +45,26 @@ class Learner:
     if traffic had an end (Polyak & Juditsky 1992); `began` is what the run started with.  The gate
     says which of the last two serves.
 
-    An update is `steps` steps, each on `batch` traces: the new one (in the first step) and others
-    drawn from the last `recent`.  A trace teaches by the target's own tokens, in chains of `chain`
-    that start at `places` places of the answer drawn at random, and, with learn_from="both", by the
-    draft's own proposals, kept and rejected.  fresh: the draft begins with random weights, so its
-    average spans only the last third of its steps at first."""
+    There is a step for every `every` tokens of answers, so that learning takes about the same share
+    of the time whether they are long or short.  A step is on `batch` traces: the new one (in the
+    first step of an update) and others drawn from the last `recent`.  A trace teaches by the
+    target's own tokens, in chains of `chain` that start at `places` places of the answer drawn at
+    random, and, with learn_from="both", by the draft's own proposals, kept and rejected.
 
-    def __init__(self, draft, head, estimator="log", rule="block", lr=0.02, steps=1, chain=5,
+    fresh: the draft begins with random weights, so its average spans the last third of its steps at
+    first."""
+
+    def __init__(self, draft, head, estimator="log", rule="block", lr=0.02, every=96, chain=5,
                  learn_from="target", fresh=False, gate=True, places=96, batch=3, recent=32,
                  horizon=60, precision=torch.float32, seed=0):
         self.draft, self.head, self.estimator, self.rule = draft, head, estimator, rule
-        self.steps, self.chain, self.learn_from, self.places = steps, chain, learn_from, places
+        self.every, self.chain, self.learn_from, self.places = every, chain, learn_from, places
         self.batch, self.horizon, self.precision = batch, horizon, precision
         self.average, self.began = draft.clone(), draft.clone()
         self.averaged = 0 if fresh else 3 * horizon  # steps that the average knows of
         self.optimizers = muon_and_adamw(draft, lr)
         self.recent, self.gate, self.gated = deque(maxlen=recent), Gate(), gate
-        self.version = 0
+        self.version, self.waiting = 0, 0  # tokens since the last step
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -81,7 +84,7 @@ class Learner:
             outcome.dropped = True
             self.go_back(self.began)
         else:
-            outcome.loss = self.learn(trace)
+            outcome.loss = self.learn(trace)  # None: too few tokens for a step
         self.recent.append(trace)
         if self.serves is not served or self.serves is self.average and outcome.loss is not None:
             self.version, outcome.weights = self.version + 1, self.serves.state_dict()
@@ -89,9 +92,10 @@ class Learner:
         return outcome
 
     def learn(self, trace):
-        """The steps -> the loss of this trace."""
-        first = None
-        for step in range(self.steps):
+        """The steps that are due -> the loss of this trace, None if none is."""
+        first, tokens = None, len(trace.ids) - trace.prompt_length
+        steps, self.waiting = divmod(self.waiting + tokens, self.every)
+        for step in range(steps):
             order = torch.randperm(len(self.recent), generator=self.generator)
             drawn = [self.recent[i] for i in order]
             traces = (drawn if step and drawn else [trace, *drawn])[: self.batch]
@@ -152,7 +156,8 @@ class Learner:
     def state(self):
         """What a resumed learner needs; no trace: those are users' text."""
         drafts = {name: getattr(self, name).state_dict() for name in ("draft", "average", "began")}
-        numbers = {"gate": vars(self.gate), "averaged": self.averaged, "version": self.version}
+        numbers = {"gate": vars(self.gate), "averaged": self.averaged, "version": self.version,
+                   "waiting": self.waiting}
         return drafts | numbers | {"optimizers": [o.state_dict() for o in self.optimizers]}
 
     def restore(self, state):
@@ -165,3 +170,4 @@ class Learner:
             optimizer.param_groups[0]["lr"] = rate
         vars(self.gate).update(state["gate"])
         self.averaged, self.version = state["averaged"], state["version"]
+        self.waiting = state["waiting"]

@@ -424,7 +424,7 @@ def test_serving_teaches_the_draft(learn_from, temperature, precision):
     for i in range(8):
         r = request(seed=1000 + i, new=48, temperature=temperature)
         held.append(play(target, None, [r], FixedLength(0))[0].trace())
-    learner = Learner(draft, head_of_target, lr=0.05, steps=1, chain=3, learn_from=learn_from,
+    learner = Learner(draft, head_of_target, lr=0.05, every=48, chain=3, learn_from=learn_from,
                       fresh=True, precision=precision)
     served = draft.clone()
 
@@ -452,9 +452,10 @@ def test_the_background_changes_nothing(process):
     for seed in range(4):
         r = request(seed=seed, new=24)
         traces.append(play(target, draft, [r], FixedLength(3))[0].trace())
-    here = Learner(draft.clone(), Head(target), fresh=True)
+    here = Learner(draft.clone(), Head(target), every=24, fresh=True)
     outcomes = [here.update(trace) for trace in traces]
-    there = Background(Learner(draft.clone(), Head(target), fresh=True), process)
+    assert all(outcome.loss for outcome in outcomes)
+    there = Background(Learner(draft.clone(), Head(target), every=24, fresh=True), process)
     assert there.result() is None
     for trace, wanted in zip(traces, outcomes):
         there.submit(trace)

@@ -87,7 +87,8 @@ def arguments(argv=None):
     add = parser.add_argument_group("learning").add_argument
     add("--estimator", choices=ESTIMATORS, default="log", help="a rung of rl.py's ladder")
     add("--lr", type=real(1e-8, 10), help="of Muon (default: 0.03 for scratch, else 0.015)")
-    add("--steps", type=whole(1), default=1, help="of the optimizer, an answer")
+    add("--learn-every", type=whole(1), metavar="TOKENS",
+        help="of answers, a step of the optimizer (default: 96 for scratch, else 256)")
     add("--no-gate", action="store_true", help="what is learned always serves")
     add("--no-learn", action="store_true")
 
@@ -105,7 +106,9 @@ def arguments(argv=None):
         args = parser.parse_args(argv)
     except (ValueError, OverflowError) as error:
         raise UserError(str(error)) from None
-    args.lr = args.lr or (0.03 if args.draft == "scratch" else 0.015)
+    fresh = args.draft == "scratch"
+    args.lr = args.lr or (0.03 if fresh else 0.015)
+    args.learn_every = args.learn_every or (96 if fresh else 256)
     check(args)
     return args
 

@@ -44,7 +44,7 @@ def facts(target, draft, length, args, requests):
     cuts = f", top-p {args.top_p}, top-k {args.top_k}"
     law = f"temperature {args.temperature}" + cuts * (args.top_p < 1 or args.top_k > 0)
     which = "kernels.cu" if kernel(torch.device(args.device).type) else "torch"
-    learning = f"{args.estimator}, lr {args.lr:g}, {args.steps} steps an answer"
+    learning = f"{args.estimator}, lr {args.lr:g}, a step every {args.learn_every} tokens"
     if args.no_learn or draft is None:
         learning = "off"
     say(f"target   {args.target}: {count(target) / 1e6:.1f}M parameters, {c.num_hidden_layers} "

@@ -42,7 +42,7 @@ def files(tmp_path_factory):
 
 
 def flags(files, *more, prompts="prompts.jsonl"):
-    given = ["--target", f"{files}/target.pt", "--max-new-tokens", "12"]
+    given = ["--target", f"{files}/target.pt", "--max-new-tokens", "12", "--learn-every", "12"]
     if "--prompt" not in more and "--prompts" not in more:
         given += ["--prompts", f"{files}/{prompts}"]
     if "--num-speculative-tokens" not in more:
