@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 import torch
 
+from aurora import Arm, aurora
 from draft import Draft
 from learner import Learner, expected_length
 from memory import Memory
@@ -440,6 +441,26 @@ def test_serving_teaches_the_draft(learn_from, temperature, precision):
         if outcome.weights:
             served.load_state_dict(outcome.weights)
     assert accepted() > 1.3 * before + 0.02, (before, accepted())
+
+
+def test_what_was_learned_serves_from_the_next_request_on():
+    """A push changes the weights that draft, one answer behind, and nothing but a push does."""
+    target = teachable()
+    torch.manual_seed(0)
+    draft = Draft(target)
+    learner = Background(Learner(draft, Head(target), every=24, gate=False), process=False)
+    arm = Arm(draft.clone(), FixedLength(3))
+    seen, before = [], arm.draft.fc.weight.clone()
+    for served in aurora(target, arm, learner, [request(seed=i, new=24) for i in range(4)]):
+        seen.append((served.version, arm.version))
+        if served.outcome:
+            for name, weights in learner.learner.serves.state_dict().items():
+                assert torch.equal(arm.draft.state_dict()[name], weights)
+        else:
+            assert torch.equal(arm.draft.fc.weight, before)
+    assert seen == [(0, 0), (0, 1), (1, 2), (2, 3)]
+    assert not torch.equal(arm.draft.fc.weight, before)
+    learner.close()
 
 
 @pytest.mark.parametrize("process", [False, True])
