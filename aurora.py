@@ -69,6 +69,7 @@ class Arm:
         """Serves -> yields the Generation after every round."""
         generation = Generation(
             target, self.draft, requests, self.own_memory, self.shared, self.rule)
+        self.length.begin()
         while not generation.done:
             plan = self.length.choose(generation.recall())
             drafted = generation.draft_tokens(plan)  # draft
@@ -87,7 +88,6 @@ class Arm:
         """What was learned serves, if the gate lets it."""
         if outcome and outcome.weights:
             self.draft.load_state_dict(outcome.weights)
-            self.length.published()
             self.version = outcome.version
 
 

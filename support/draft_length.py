@@ -10,7 +10,7 @@ the run began.  Counts fade towards PRIOR whenever their source is on offer: tha
 An arm that does not pay is tried again when what spoke against it has faded, which loses some
 PRIOR * WEIGHT * (1 - FADE) of the time of plain rounds, a third of a percent, however bad it is.
 A drafted token that costs next to nothing is tried more often: at worst, at a cost of 0.03 plain
-tokens, always.
+tokens, always.  What was seen of the head also counts less with every answer: another text.
 
 The head knows how sure it is.  After k tokens that it gives probability c together, going on to m
 adds c (S_{k+1} + .. + S_m) / S_k tokens to expect and takes seconds[m] - seconds[k]; it stops when
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 PLAIN, HEAD, REQUEST, SHARED = "plain", "head", "request", "shared"
 LONGEST = {HEAD: 8, REQUEST: 16, SHARED: 16}  # drafted tokens a round
 PRIOR, WEIGHT = 0.7, 5.0  # acceptance of a place of which nothing is known, as so many tests
-FADE, FORGET = 0.999, 0.99  # a round on offer; a test of the same place
+FADE, FORGET, ANSWER = 0.999, 0.99, 0.7  # a round on offer; a test of the same place; an answer
 GUESSED = 10  # rounds: what stopping early is believed to make, a tenth more than a fixed length
 BUCKETS = (4, 6, 8, 12, 16, 24, 32)  # of match lengths
 
@@ -43,13 +43,13 @@ class FixedLength:
     def __init__(self, K, source=HEAD):
         self.plan = Plan(source if K else PLAIN, K, [0.0] * K)
 
+    def begin(self):
+        pass
+
     def choose(self, guesses):
         return self.plan
 
     def observe(self, plan, drafted, accepted):
-        pass
-
-    def published(self):
         pass
 
     def __str__(self):
@@ -92,6 +92,12 @@ class DraftLength:
         self.places = {}  # (source, bucket) -> Places
         self.offered = []  # this round's Places
         self.tokens = self.spent = 0.0  # of the head's rounds, fading
+
+    def begin(self):
+        """Another answer is another text, and other weights may serve: what was seen of the head
+        counts less, so that after text that was too hard for it a good one is soon tried again."""
+        self.tokens, self.spent = ANSWER * self.tokens, ANSWER * self.spent
+        self.of(HEAD).fade(ANSWER)
 
     def of(self, source, match=0):
         bucket = sum(match >= least for least in BUCKETS)
@@ -146,11 +152,6 @@ class DraftLength:
                 self.spent = FORGET * self.spent + self.seconds[HEAD][K]
             if plan.source != PLAIN:
                 self.of(plan.source, plan.match).observe(K, n)
-
-    def published(self):
-        """Other weights serve: what was seen of the head counts less."""
-        self.tokens, self.spent = 0.7 * self.tokens, 0.7 * self.spent
-        self.of(HEAD).fade(0.7)
 
     def __str__(self):
         parts = []
