@@ -50,7 +50,7 @@ class Served:
     generation: Generation
     seconds: float
     version: int  # of the draft that served
-    waited: float = 0.0  # for the learner, and remembering
+    waited: float = 0.0  # beside that: the learner, remembering
     outcome: object = None  # what the learner made of the answer before
 
 
@@ -96,17 +96,17 @@ def aurora(target, arm, learner, requests):
     learns from the answer before.  learner: a Background, or None.  Yields what was Served."""
     trace = None
     for request in requests:
+        start = time.perf_counter()
         if trace:
             learner.submit(trace)  # on another core
         served = arm.serve(target, request)  # draft, verify, commit
-        start = time.perf_counter()
         if learner:
             served.outcome = learner.result()  # update, gate
             arm.publish(served.outcome)  # publish
             trace = served.generation.trace()  # trace
         if arm.shared:
             arm.shared.remember(served.generation.text[0])
-        served.waited = time.perf_counter() - start
+        served.waited = time.perf_counter() - start - served.seconds
         yield served
     if trace:
         learner.submit(trace)

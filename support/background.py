@@ -28,7 +28,11 @@ class Background:
             context, start = get_context("spawn"), (packed(learner), torch.get_num_threads())
             self.core = ProcessPoolExecutor(1, context, initializer=begin, initargs=start)
             with deaf(signal.SIG_IGN):  # for the process too, from its first moment
-                self.core.submit(os.getpid)
+                started = self.core.submit(os.getpid)
+            try:
+                started.result()  # its start is nobody's waiting
+            except BrokenExecutor:
+                raise UserError(DIED) from None
         else:
             self.core = ThreadPoolExecutor(1)
 

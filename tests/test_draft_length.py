@@ -246,8 +246,8 @@ def test_where_all_is_doubtful_only_probes_are_drafted():
 
 @pytest.mark.parametrize("first", [0.1, 0.3, 0.75])
 def test_answers_bring_a_good_head_back_and_a_worthless_one_stays_cheap(first):
-    """50 answers of 96 tokens with a head that is never right cost 0.9, 0.8 and 0.6 % of them; then
-    it is right 17 times in 20, and by the fourth answer nearly all rounds are its own (20 draws)."""
+    """50 answers of 96 tokens with a head that is never right cost 0.9, 0.8, 0.6 % of them; then
+    it is right 17 times in 20: by the fourth answer nearly all rounds are its own (20 draws)."""
     seconds = [1.0] + [1 + first + 0.2 * K for K in range(8)]
     for seed in range(20):
         world, played, late = World({HEAD: seconds}, seed), [], 0
