@@ -3,6 +3,7 @@
 On a CPU it is a process, as two threads of one interpreter hold each other up; on a GPU a thread.
 """
 
+import importlib
 import io
 import os
 import signal
@@ -96,6 +97,7 @@ def begin(learner, threads):
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # numbers under 1e-38 take a processor far longer
+    importlib.import_module("torch._dynamo")  # the first step would, and serving wait a second
     global learner_here
     learner_here = unpacked(learner)
 
