@@ -31,7 +31,7 @@ from model import Attention, Config, Transformer, UserError
 from support.corpus import BOS, CLASSES, as_bytes, corpus, print_corpus, record, sample, windows
 from support.sampling import inverse_cdf, probabilities
 from support.store import load_target, save
-from support.training import attend, in_bfloat16, last_quarter, train
+from support.training import attend, fast_dtype, fast_products, in_bfloat16, last_quarter, train
 
 WEIGHTS = Path(__file__).parent / "weights"
 TEMPERATURE = 0.8  # at which drafts are trained and measured, aurora.py's default
@@ -51,7 +51,7 @@ TARGET = Config(
 
 def next_byte_loss(model, ids):
     """Mean negative log-likelihood, nats per byte."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with fast_products():
         hidden, _ = model(ids[:, :-1])
         logits = model.lm_head(hidden)
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
@@ -98,49 +98,51 @@ def train_target(args, texts):
 
 @torch.no_grad()
 def written(target, stream, count, seed, prompt=PROMPT, answer=ANSWER):
-    """(count, 1 + prompt + answer) int64: the begin token, a stretch of text, and what the target,
-    in bfloat16, goes on to write at TEMPERATURE."""
-    target, rng = copy.deepcopy(target).bfloat16(), np.random.default_rng(seed)
+    """The begin token, a stretch of text, and what the target goes on to write at TEMPERATURE:
+    ids (count, T+1) int64, T = prompt + answer, with what it thought: hidden (count, T, D) and
+    features (count, T, 3D), float16."""
+    target, rng = copy.deepcopy(target).to(fast_dtype()), np.random.default_rng(seed)
     generator, batch, out = torch.Generator().manual_seed(seed), min(count, 128), []
     temperature = torch.full((batch,), TEMPERATURE, dtype=torch.float64)
     positions = torch.arange(prompt + answer).expand(batch, -1)
     for _ in tqdm(range(-(-count // batch)), unit="batch", leave=False):
         ids, cache = sample([stream], batch, prompt, rng), target.new_cache(batch, prompt + answer)
-        target(ids[:, :prompt], positions[:, :prompt], cache)
+        thoughts = [target(ids[:, :prompt], positions[:, :prompt], cache)]
         for t in range(prompt, prompt + answer):
-            hidden, _ = target(ids[:, t:], positions[:, t : t + 1], cache)
+            hidden, features = target(ids[:, t:], positions[:, t : t + 1], cache)
+            thoughts.append((hidden, features))
             target_p = probabilities(target.logits(hidden[:, 0]), temperature)
             coins = torch.rand(batch, generator=generator, dtype=torch.float64)
             ids = torch.cat([ids, inverse_cdf(target_p, coins)[:, None]], dim=1)
-        out.append(ids)
-    return torch.cat(out)[:count]
+        out.append((ids, *(torch.cat(x, dim=1).half() for x in zip(*thoughts))))
+    ids, hidden, features = (torch.cat(x)[:count] for x in zip(*out))
+    return {"ids": ids, "hidden": hidden, "features": features}
 
 
-def chains(target, draft, ids, starts, K):
+def chains(target, draft, text, starts, K):
     """The draft as if rounds had started at `starts` (B, R), at most T-1-K, and the text's own next
-    tokens had been drafted.  ids (B, T+1).
+    tokens had been drafted.  text: as of `written`.
 
     Returns draft logits (B*R, K, V), target logits (B*R, K, V) and tokens (B*R, K)."""
     place = starts[..., None] + 2 + torch.arange(K)  # (B, R, K): the tokens that are guessed
-    row = torch.arange(len(ids))[:, None, None]
-    tokens = ids[row, place]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        with torch.no_grad():
-            hidden, features = target(ids[:, :-1])
-        draft_logits = draft.replay(features, ids, starts, tokens[..., :-1])
+    row = torch.arange(len(starts))[:, None, None]
+    tokens = text["ids"][row, place]
+    with fast_products():
+        draft_logits = draft.replay(text["features"], text["ids"], starts, tokens[..., :-1])
     with torch.no_grad():
-        target_logits = target.logits(hidden.float())[row, place - 1]
+        target_logits = target.logits(text["hidden"].float())[row, place - 1]
     draft_logits = draft_logits.float()
     return draft_logits.flatten(0, 1), target_logits.flatten(0, 1), tokens.flatten(0, 1)
 
 
 @torch.no_grad()
-def held_out_acceptance(target, draft, ids, K, rule):
-    """Acceptance at each place of the chain, given that it is reached: (K,).  ids: what the target
+def held_out_acceptance(target, draft, text, K, rule):
+    """Acceptance at each place of the chain, given that it is reached: (K,).  text: what the target
     wrote after held-out text.  Its tokens are draws from target_p, so this is what serving would
     accept if rounds had started all over the answer."""
-    starts = torch.arange(PROMPT - 1, ids.shape[1] - 1 - K, 2).expand(len(ids), -1)
-    return rl.acceptance(*chains(target, draft, ids, starts, K), TEMPERATURE, rule)
+    starts = torch.arange(PROMPT - 1, text["ids"].shape[1] - 1 - K, 2)
+    starts = starts.expand(len(text["ids"]), -1)
+    return rl.acceptance(*chains(target, draft, text, starts, K), TEMPERATURE, rule)
 
 
 def length_of(acceptance):
@@ -153,22 +155,27 @@ def answers_to(texts, split, target, count, seed):
     return {kind: written(target, stream, count, seed) for kind, stream in streams.items()}
 
 
-def draft_batch(step, streams, answers, K):
-    """ids (B, T+1) and starts (B, R) of a step.
+def draft_batch(step, target, streams, answers, K):
+    """The text of a step, as of `written`, and its round starts (B, R).
 
-    Half of the steps read what the target wrote, and rounds start in the answer: there the loss is
-    the objective.  The others read text, short and, now and then, far back: tokens that are not the
-    target's own, which say no more than after which prefixes the draft should be right."""
+    Rounds start in what the target wrote, where the loss is the objective; its thoughts are stored,
+    and cost nothing.  One step in eight reads text far back: tokens that are not the target's own,
+    which say no more than after which prefixes, and how far back, the draft should be right."""
     rng = np.random.default_rng(step)
-    rows, length, R = (2, 1024, 256) if step % 4 == 3 else (6, PROMPT + ANSWER, 128)
-    ids, first = sample(streams, rows, length, rng), 0
-    if answers and step % 4 in (1, 2):
-        first = PROMPT - 1
-        for row in range(rows):
-            kind = answers[row % len(answers)]
-            ids[row] = kind[rng.integers(len(kind))]
-    starts = [first + rng.permutation(length - K - first)[:R] for _ in ids]
-    return ids, torch.from_numpy(np.sort(starts))
+    if step % 8 == 7 or not answers:
+        rows, length, first, R = 2, 1024, 0, 256
+        ids = sample(streams, rows, length, rng)
+        with torch.no_grad(), fast_products():
+            hidden, features = target(ids[:, :-1])
+        text = {"ids": ids, "hidden": hidden, "features": features}
+    else:
+        rows, length, first, R = 6, PROMPT + ANSWER, PROMPT - 1, 128
+        kinds = [answers[row % len(answers)] for row in range(rows)]
+        picks = [rng.integers(len(kind["ids"])) for kind in kinds]
+        text = {name: torch.stack([kind[name][i] for kind, i in zip(kinds, picks)])
+                for name in ("ids", "hidden", "features")}
+    starts = [first + rng.permutation(length - K - first)[:R] for _ in range(rows)]
+    return text, torch.from_numpy(np.sort(starts))
 
 
 def train_draft(args, texts, classes):
@@ -177,24 +184,24 @@ def train_draft(args, texts, classes):
     torch.manual_seed(0)
     target = load_target(args.target_path)[0].eval()
     streams = [as_bytes(texts[kind]["train"]) for kind in classes]
-    answers = torch.load(args.answered, weights_only=True) if args.answered else {}
+    answers = torch.load(args.answered, weights_only=True, mmap=True) if args.answered else {}
     answers = [answers[kind] for kind in classes if answers]
     held_out, K, rule = answers_to(texts, "eval", target, HELD_OUT, 1), args.chain, args.rule
     draft, before = load_draft(args.init, target) if args.init else (Draft(target), {})
 
     @torch.compile(dynamic=False)
-    def loss_fn(ids, starts):
-        logits = chains(target, draft, ids, starts, K)
+    def loss_fn(text, starts):
+        logits = chains(target, draft, text, starts, K)
         return rl.policy_gradient_loss(*logits, TEMPERATURE, args.objective, "target", rule)
 
     def batch_loss(step, progress):
-        ids, starts = draft_batch(step, streams, answers, K)
-        return loss_fn(ids, starts), ids.numel()
+        text, starts = draft_batch(step, target, streams, answers, K)
+        return loss_fn(text, starts), text["ids"].numel()
 
     def evaluate():
         out = {}
-        for kind, ids in held_out.items():
-            out[kind] = length_of(held_out_acceptance(target, draft, ids, K, rule))
+        for kind, text in held_out.items():
+            out[kind] = length_of(held_out_acceptance(target, draft, text, K, rule))
         return out
 
     history = train(draft, args.minutes, args.checkpoint, batch_loss, evaluate)
@@ -215,8 +222,8 @@ def evaluate_shipped(args, texts):
     held_out = answers_to(texts, "eval", target, HELD_OUT, 1)
     for name in ("draft", "draft-python"):
         draft, kept = load_draft(WEIGHTS / f"{name}.pt", target)
-        for kind, ids in held_out.items():
-            acceptance = held_out_acceptance(target, draft, ids, args.chain, args.rule)
+        for kind, text in held_out.items():
+            acceptance = held_out_acceptance(target, draft, text, args.chain, args.rule)
             each = " ".join(f"{x:.3f}" for x in acceptance.tolist())
             print(f"{name} {kind}: acceptance {each}, length {length_of(acceptance):.3f}")
         print(f"{name}, {last_quarter(kept['acceptance_length'])}")
@@ -239,7 +246,7 @@ def arguments():
     add("--out", help="the file to write; by default what aurora.py reads")
     add("--checkpoint", help="where training resumes from; by default --out and .ckpt")
     add("--target-path", default=WEIGHTS / "target.pt")
-    add("--count", type=int, default=3072, help="answers a class")
+    add("--count", type=int, default=1536, help="answers a class")
     add("--with", dest="answered", metavar="FILE", help="train the draft on these answers too")
     add("--init", metavar="FILE", help="go on from this draft instead of random weights")
     add("--objective", choices=("log", "expected", "kl"), default="log", help="of the draft")

@@ -4,6 +4,7 @@ and an attention that goes backward fast on a CPU.  Used by pretrain.py.
 Letters: B batch rows, T tokens, H heads, G key/value heads, E head width.
 """
 
+import functools
 import time
 from pathlib import Path
 
@@ -75,13 +76,32 @@ def in_bfloat16(model):
     return {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
 
 
+@functools.cache
+def fast_dtype():
+    """What this CPU multiplies faster: without AVX512-BF16 or AMX, bfloat16 is emulated."""
+    took = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(256, 256, dtype=dtype)
+        matrix @ matrix
+        start = time.perf_counter()
+        for _ in range(10):
+            matrix @ matrix
+        took[dtype] = time.perf_counter() - start
+    return min(took, key=took.get)
+
+
+def fast_products():
+    """A context in which products are in `fast_dtype`; weights and losses stay float32."""
+    return torch.autocast("cpu", torch.bfloat16, fast_dtype() == torch.bfloat16)
+
+
 def attend(q, k, v, **how):
     """Causal attention, q (B, H, T, E), k and v (B, G, T, E) -> (B, H, T, E), to train with.
 
     On a CPU torch's own goes backward in float32.  This one, in bfloat16, is faster where the
     processor multiplies that and the text is short; its scores are T by T numbers."""
     B, H, T, E = q.shape
-    if T > 512:
+    if T > 512 or fast_dtype() != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, **how)
     q, k, v = (q * E**-0.5).bfloat16().reshape(B, k.shape[1], -1, E), k.bfloat16(), v.bfloat16()
     scores = (q @ k.transpose(-2, -1)).float()  # (B, G, H/G * T, T)

@@ -147,16 +147,23 @@ def test_windows_and_samples_are_stretches_after_the_begin_token():
 
 
 def test_rounds_start_where_there_is_room_and_in_answers_after_the_prompt():
-    K, stream = 5, np.zeros(5000, dtype=np.uint8)
-    answers = [torch.full((3, 257), 7), torch.full((3, 257), 8)]
+    K, stream, target = 5, np.zeros(5000, dtype=np.uint8), tiny(max_position_embeddings=1024)
+    answers = [{"ids": torch.full((3, 257), c), "hidden": torch.full((3, 256, 32), c).half(),
+                "features": torch.full((3, 256, 96), c).half()} for c in (7, 8)]
     for step in range(8):
-        ids, starts = pretrain.draft_batch(step, [stream], answers, K)
+        text, starts = pretrain.draft_batch(step, target, [stream], answers, K)
+        ids, hidden, features = text["ids"], text["hidden"], text["features"]
         assert starts.min() >= 0 and starts.max() + 2 + K - 1 < ids.shape[1]
         assert (starts.diff(dim=1) > 0).all()
-        if step % 4 in (1, 2):
+        if step < 7:
             assert ids[:, 0].tolist() == [7, 8] * 3 and starts.min() + 2 >= pretrain.PROMPT + 1
+            assert hidden[:, -1, -1].tolist() == features[:, 0, 0].tolist() == [7, 8] * 3
         else:
             assert (ids[:, 0] == 256).all() and (ids[:, 1:] == 0).all()
+            with torch.no_grad(), training.fast_products():
+                expected = target(ids[:, :-1])
+            assert torch.allclose(hidden, expected[0], atol=1e-2)
+            assert torch.allclose(features, expected[1], atol=1e-2)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -244,17 +251,21 @@ def test_answers_are_draws_from_the_target():
     distribution, the second against the mean of those that follow.  False alarms: 1e-6."""
     target = tiny(layers=2, suppress_tokens=tuple(range(8, 257)))
     stream = np.arange(9, dtype=np.uint8)  # room for one stretch of 8 only
-    ids = pretrain.written(target, stream, 4096, seed=3, prompt=8, answer=2)
+    text = pretrain.written(target, stream, 4096, seed=3, prompt=8, answer=2)
+    ids = text["ids"]
     assert ids.shape == (4096, 11) and ids[0, :9].tolist() == [256, *range(8)]
     assert (ids[:, :9] == ids[0, :9]).all() and (ids[:, 9:] < 8).all()
     with torch.no_grad():
-        hidden, _ = target.bfloat16()(ids[:, :-1])
+        hidden, features = target.to(training.fast_dtype())(ids[:, :-1])
         target_p = (target.logits(hidden[:, -2:])[..., :8].double() / 0.8).softmax(-1)
     for place in (0, 1):
         counts, expected = ids[:, 9 + place].bincount(minlength=8), target_p[:, place].sum(0)
         assert ((counts - expected) ** 2 / expected).sum() < FALSE_ALARM_7
-    assert not torch.equal(ids, pretrain.written(target, stream, 4096, 4, prompt=8, answer=2))
-    assert len(pretrain.written(target, stream, 130, seed=3, prompt=8, answer=1)) == 130
+    for stored, whole in ((text["hidden"], hidden), (text["features"], features)):
+        assert stored.shape == whole.shape and (stored - whole).norm() < 0.02 * whole.norm()
+    other = pretrain.written(target, stream, 4096, 4, prompt=8, answer=2)["ids"]
+    assert not torch.equal(ids, other)
+    assert len(pretrain.written(target, stream, 130, seed=3, prompt=8, answer=1)["ids"]) == 130
 
 
 @torch.no_grad()
@@ -265,9 +276,13 @@ def test_chains_guess_what_they_have_not_read():
     draft = Draft(target)
     ids = torch.randint(0, 256, (2, 25), generator=torch.Generator().manual_seed(5))
     starts = torch.tensor([[0, 9, 19], [3, 4, 19]])  # T = 24: the last is T-1-K
-    logits, target_logits, tokens = pretrain.chains(target, draft, ids, starts, K)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        hidden, _ = target(ids[:, :-1])
+
+    def text(ids):
+        hidden, features = target(ids[:, :-1])
+        return {"ids": ids, "hidden": hidden, "features": features}
+
+    logits, target_logits, tokens = pretrain.chains(target, draft, text(ids), starts, K)
+    hidden = text(ids)["hidden"]
     for r, start in enumerate(starts.flatten().tolist()):
         row = r // 3
         assert tokens[r].tolist() == ids[row, start + 2 : start + 2 + K].tolist()
@@ -276,23 +291,22 @@ def test_chains_guess_what_they_have_not_read():
         for k in range(K):
             other = ids.clone()
             other[row, start + 2 + k :] = 255 - other[row, start + 2 + k :]
-            changed = pretrain.chains(target, draft, other, starts, K)
+            changed = pretrain.chains(target, draft, text(other), starts, K)
             assert torch.equal(changed[0][r, : k + 1], logits[r, : k + 1])
             assert torch.equal(changed[1][r, : k + 1], target_logits[r, : k + 1])
             assert k + 1 == K or not torch.equal(changed[0][r, k + 1], logits[r, k + 1])
 
 
 def test_a_draft_that_is_the_target_is_always_accepted(monkeypatch):
-    target = tiny()
-    ids = torch.randint(0, 256, (2, 100))
+    target, ids = tiny(), torch.randint(0, 256, (2, 100))
 
-    def chains(target, draft, ids, starts, K):
+    def chains(target, draft, text, starts, K):
         assert starts.min() + 2 == pretrain.PROMPT + 1  # the answer's first token
         assert starts.max() + 2 + K - 1 in (98, 99)  # and as far as there is text
         logits = torch.randn(7, K, 5)
         return logits, logits.clone(), torch.zeros(7, K, dtype=torch.int64)
 
     monkeypatch.setattr(pretrain, "chains", chains)
-    acceptance = pretrain.held_out_acceptance(target, None, ids, 3, "block")
+    acceptance = pretrain.held_out_acceptance(target, None, {"ids": ids}, 3, "block")
     assert torch.allclose(acceptance, torch.ones(3))
     assert pretrain.length_of(acceptance) == pytest.approx(4)
