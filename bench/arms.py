@@ -4,13 +4,14 @@
     python -m bench.arms --vary rule                   block against token, the same seeds
     python -m bench.arms --vary parts                  the head, the memory, learning; each and both
 
-Prints, for every class, tokens a second over those of plain decoding and tokens a round; the time
-of learning and remembering is counted.  Seeds differ in prompts and coins.
+Prints, for every class, tokens a second over those of plain decoding and tokens a round, for all
+requests and for the last half of them; the time of learning and remembering is counted.  Seeds
+differ in prompts and coins.  --json FILE keeps a line a request, for bench.picture.
 """
 
 import argparse
+import json
 import statistics
-from collections import defaultdict
 
 import torch
 from tqdm import tqdm
@@ -53,25 +54,33 @@ def build(target, args, changes, learns, costs):
     return arm, learner, costs
 
 
-def serve_all(target, args, vary, lengths, found):
-    """One seed: every request by every arm in turn -> adds (tokens, seconds, rounds) to found."""
+def serve_all(target, args, vary, lengths, mixed):
+    """One seed: every request by every arm in turn -> yields a dict a request and arm."""
     tokenizer = find_target(args.target, args.dtype)[1]
     requests = aurora.make_requests(args, tokenizer, target.config.max_position_embeddings)
+    if mixed:  # the class changes with every request
+        kinds = [[r for r in requests if r.kind == kind] for kind in args.traffic.split(",")]
+        requests = [r for group in zip(*kinds) for r in group]
     arms, costs = {"plain": (aurora.Arm(length=FixedLength(0)), None)}, None
     torch.manual_seed(args.seed)
     for name, (changes, learns) in arms_for(vary, target, args, lengths).items():
         arm, learner, costs = build(target, args, changes, learns, costs)
         arms[name] = arm, learner
     runs = {name: aurora.aurora(target, *arm, iter(requests)) for name, arm in arms.items()}
-    order = list(runs)
-    for i in tqdm(range(len(requests)), unit="request", disable=None):
+    order, seen = list(runs), {}
+    for request in tqdm(requests, unit="request", disable=None):
+        number = seen[request.kind] = seen.get(request.kind, -1) + 1
         for name in order:
             served = next(runs[name])
-            key = args.seed, served.request.kind, i >= len(requests) // 2, name
-            generation = served.generation
-            found[key][0] += len(generation.answer())
-            found[key][1] += served.seconds + served.waited
-            found[key][2] += len(generation.rounds[0])
+            rounds = served.generation.rounds[0]
+            by_source = {}
+            for x in rounds:
+                by_source[x.source] = by_source.get(x.source, 0) + x.accepted
+            yield {
+                "seed": args.seed, "class": request.kind, "number": number, "arm": name,
+                "tokens": len(served.generation.answer()), "rounds": len(rounds),
+                "seconds": served.seconds + served.waited, "accepted": by_source,
+            }
         order.append(order.pop(0))
     for arm, learner in arms.values():
         if learner:
@@ -79,37 +88,60 @@ def serve_all(target, args, vary, lengths, found):
             learner.close()
 
 
+def total(lines, name):
+    return sum(line[name] for line in lines)
+
+
+def cell(lines, plain):
+    """Median and range over seeds of the speed over plain, and tokens a round."""
+    ratios = []
+    for seed in sorted({line["seed"] for line in lines}):
+        speeds = []
+        for arm in (lines, plain):
+            mine = [line for line in arm if line["seed"] == seed]
+            speeds.append(total(mine, "tokens") / total(mine, "seconds"))
+        ratios.append(speeds[0] / speeds[1])
+    spread = f"{min(ratios):.2f}..{max(ratios):.2f}"
+    per_round = total(lines, "tokens") / total(lines, "rounds")
+    return f"{statistics.median(ratios):.2f} ({spread}) {per_round:.2f}"
+
+
+def table(lines):
+    kinds = list(dict.fromkeys(line["class"] for line in lines))
+    print(f"{'':18s}" + "".join(f"{k:>26s}" for k in kinds) + "   x plain (seeds), tokens a round")
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        cells = []
+        for kind in kinds:
+            here = [line for line in lines if line["class"] == kind]
+            mine, plain = ([x for x in here if x["arm"] == a] for a in (arm, "plain"))
+            cells.append(cell(mine, plain))
+        print(f"{arm:18s}" + "".join(f"{text:>26s}" for text in cells))
+
+
 def main():
     parser = argparse.ArgumentParser(prog="bench.arms", description=__doc__.split("\n")[0])
     parser.add_argument("--vary", choices=("length", "rule", "parts"), required=True)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
+    parser.add_argument("--mixed", action="store_true", help="the class changes every request")
+    parser.add_argument("--json", metavar="FILE", help="keep a line a request")
     ours, rest = parser.parse_known_args()
     args = options.arguments(rest)
     target = find_target(args.target, args.dtype)[0].eval()
     torch.set_num_threads(1)
     by_columns(target)
-    found = defaultdict(lambda: [0, 0.0, 0])
-    for seed in range(ours.seeds):
+    lines = []
+    for seed in ours.seeds:
         args.seed = seed
-        serve_all(target, args, ours.vary, ours.lengths, found)
-    names = list(dict.fromkeys(name for *_, name in found))
-    kinds = list(dict.fromkeys(kind for _, kind, _, _ in found))
-    print(f"{'':18s}" + "".join(f"{k:>26s}" for k in kinds) + "   x plain (seeds), tokens a round")
-    for name in names:
-        cells = []
-        for kind in kinds:
-            ratios, tokens, rounds = [], 0, 0
-            for seed in range(ours.seeds):
-                halves = [(seed, kind, half, arm) for half in (False, True) for arm in (name,)]
-                mine = [found[key] for key in halves if key in found]
-                base = [found[*key[:3], "plain"] for key in halves if key in found]
-                speed = sum(x[0] for x in mine) / sum(x[1] for x in mine)
-                ratios.append(speed / (sum(x[0] for x in base) / sum(x[1] for x in base)))
-                tokens, rounds = tokens + sum(x[0] for x in mine), rounds + sum(x[2] for x in mine)
-            spread = f"{min(ratios):.2f}..{max(ratios):.2f}"
-            cells.append(f"{statistics.median(ratios):.2f} ({spread}) {tokens / rounds:.2f}")
-        print(f"{name:18s}" + "".join(f"{cell:>26s}" for cell in cells))
+        for line in serve_all(target, args, ours.vary, ours.lengths, ours.mixed):
+            lines.append(line)
+            if ours.json:
+                with open(ours.json, "a") as file:
+                    print(json.dumps(line), file=file)
+    table(lines)
+    half = 1 + max(line["number"] for line in lines)
+    print("\nthe last half of every class")
+    table([line for line in lines if line["number"] >= half // 2])
 
 
 if __name__ == "__main__":
