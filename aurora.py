@@ -5,10 +5,10 @@
     python aurora.py --prompt "def main():"         one answer, coloured by who wrote what
     python aurora.py --target DIR --prompts FILE    a Hugging Face checkpoint, your own prompts
 
-For every request: draft K tokens, verify them with the target, commit what it accepts and one token
-of its own.  When the answer is complete, the memory has it at once, and the learner takes its trace
-to another core while the next request is served; what it learned serves from then on, if it is
-ahead on answers that it has not learned from.
+For every request, round by round until its answer is complete: draft up to K tokens, verify them
+with the target, commit what it accepts and one token of its own.  Then the memory has the answer at
+once, and the learner takes its trace to another core while the next request is served; what it
+learned serves from then on, if it is ahead on answers that it has not learned from.
 
 The method is Aurora's (2602.06932).  Departures: 1. a policy gradient of the accepted length where
 its public code distils; 2. block verification; 3. a memory beside the head; 4. a gate, and a draft
@@ -24,7 +24,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall a 
 import signal
 import sys
 import time
-from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -50,7 +49,7 @@ class Served:
     generation: Generation
     seconds: float
     version: int  # of the draft that served
-    waited: float = 0.0  # beside that: the learner, remembering
+    waited: float = 0.0  # more seconds: for the learner, and to remember
     outcome: object = None  # what the learner made of the answer before
 
 
@@ -66,26 +65,27 @@ class Arm:
     version: int = 0  # of the draft
 
     def decode(self, target, requests):
-        """Serves -> yields the Generation after every round."""
+        """Serves; yields the Generation after every round."""
         generation = Generation(
             target, self.draft, requests, self.own_memory, self.shared, self.rule)
         self.length.begin()
         while not generation.done:
             plan = self.length.choose(generation.recall())
-            drafted = generation.draft_tokens(plan)  # draft
-            accepted, own, thought = generation.verify(drafted)  # verify
-            generation.commit(drafted, accepted, own, thought)  # commit
+            drafted = generation.draft_tokens(plan)
+            accepted, own, thought = generation.verify(drafted)
+            generation.commit(drafted, accepted, own, thought)
             widths = (drafted.tokens >= 0).sum(1).tolist()
             self.length.observe(plan, widths, accepted)
             yield generation
 
     def serve(self, target, request):
         start = time.perf_counter()
-        generation = deque(self.decode(target, [request]), maxlen=1)[0]
+        for generation in self.decode(target, [request]):
+            pass
         return Served(request, generation, time.perf_counter() - start, self.version)
 
     def publish(self, outcome):
-        """What was learned serves, if the gate lets it."""
+        """The weights that the learner wants to serve do so, if they are others."""
         if outcome and outcome.weights:
             self.draft.load_state_dict(outcome.weights)
             self.version = outcome.version
@@ -93,7 +93,9 @@ class Arm:
 
 def aurora(target, arm, learner, requests):
     """The algorithm: every request is served by the newest version of the draft, while another core
-    learns from the answer before.  learner: a Background, or None.  Yields what was Served."""
+    learns from the answer before.  learner: a Background, or None.  Yields what was Served.
+
+    The learner is asked for its result after the request is served: so the two overlap."""
     trace = None
     for request in requests:
         start = time.perf_counter()
@@ -102,8 +104,8 @@ def aurora(target, arm, learner, requests):
         served = arm.serve(target, request)  # draft, verify, commit
         if learner:
             served.outcome = learner.result()  # update, gate
-            arm.publish(served.outcome)  # publish
-            trace = served.generation.trace()  # trace
+            arm.publish(served.outcome)
+            trace = served.generation.trace()
         if arm.shared:
             arm.shared.remember(served.generation.text[0])
         served.waited = time.perf_counter() - start - served.seconds
@@ -200,7 +202,8 @@ def main(argv=None):
 
 
 def run(target, arm, learner, state, requests, others, args, store):
-    """Serves, and whatever happens then keeps first what was learned, then tells what there is."""
+    """Serves.  Then, even after an error or Ctrl-C, keeps what was learned, and only then reports;
+    the first error is raised at the end."""
     journal, trouble = report.Journal(args, len(requests)), []
     try:
         for served in aurora(target, arm, learner, requests):

@@ -40,12 +40,12 @@ class Chain:
         """Drafts up to K tokens for every row.
 
         features (B, T, 3D), positions (B, T), tokens (B, T+1): what the target has read since the
-            last round, and the text from there on, one token longer than what was read.  It is
-            written over what the draft had put there from its own guesses.  Row b's true entries
-            are 0..last[b]; what comes after is padding, and is written over too.
+            last round, and the text from there on, one token longer than what was read.  In the
+            draft's cache it takes the place of the draft's own guesses.  Row b's true entries are
+            0..last[b]; what comes after is padding, and is written over in turn.
         coins (B, K) float64, one a token; sampling: support.sampling.Sampling of these rows.
-        floors: K numbers; a row stops after token k if the draft gives its first k tokens together
-            less than the kth of these for a probability.  This looks at nothing but drafted tokens.
+        floors (K,): a row stops after token k if the product of its tokens' probabilities is below
+            the kth of these; a rule on drafted tokens alone, as verification needs it.
 
         Returns draft_tokens (B, K) int64, -1 where a row had stopped; draft_logits (B, K, V), what
         they were drawn from: -inf where top-k and top-p cut and at ids that the draft cannot say;
@@ -61,7 +61,7 @@ class Chain:
             drafting = drafting & (confidence >= floor)
             if k + 1 == len(floors) or not drafting.any():
                 break
-            ahead = (position + k + 1).clamp(max=cache.length - 1)  # pads of other rows
+            ahead = (position + k + 1).clamp(max=cache.length - 1)  # only rows that have stopped
             h, logits = self.extend(h, token[:, None], ahead, cache)
         tokens, logits, logprobs = (torch.stack(x, dim=1) for x in zip(*steps))
         if self.vocabulary is not None:

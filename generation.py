@@ -81,7 +81,8 @@ class Generation:
         return not any(self.left)
 
     def recall(self):
-        """What followed in the memory -> {source: (length of match, tokens)} of the first row."""
+        """Looks the end of the text up -> {source: (length of match, the tokens that followed)},
+        of the first row."""
         self.guesses = {}
         if self.own:
             looked = [m.lookup(t, LONGEST[REQUEST]) for m, t in zip(self.own, self.text)]
@@ -92,7 +93,7 @@ class Generation:
 
     @torch.inference_mode()
     def draft_tokens(self, plan):
-        """Draft: at most plan.K tokens a row.  A chain ends behind an end token and before the last
+        """Draft: at most plan.K tokens a row.  A chain ends with an end token, and before the last
         token of the answer, which is the target's."""
         K = max(0, min(plan.K, max(self.left) - 1))
         uniforms = [torch.rand(2 * plan.K + 1, generator=g, dtype=torch.float64)
@@ -142,7 +143,7 @@ class Generation:
                 continue
             n, width = accepted[b], sum(token >= 0 for token in tokens)
             new = tokens[:n] + ([] if n and tokens[n - 1] in ends else [own[b]])
-            rows = len(new) if drafted.source != HEAD else len(tokens) + 1
+            rows = len(tokens) + 1 if drafted.source == HEAD else len(new)  # rejected ones teach
             self.pieces[b].append((len(self.text[b]) - 2, drafted.tokens[b], drafted.logprobs[b],
                                    hidden[b, :rows], features[b, : len(new)]))
             self.rounds[b].append(Round(drafted.source, width, n, len(new)))
@@ -171,6 +172,7 @@ class Generation:
         return self.text[b][len(self.requests[b].prompt) :]
 
     def trace(self, b=0):
+        """What row b leaves to the learner.  Not in inference mode: its tensors meet gradients."""
         r = self.requests[b]
         starts, tokens, logprobs, hidden, features = zip(*self.pieces[b])
         by_head = [round.source == HEAD for round in self.rounds[b]]

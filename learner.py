@@ -31,7 +31,7 @@ def expected_length(draft, trace, head, K, rule, most=48):
 class Outcome:
     """What the learner made of one answer."""
 
-    expected_length: float  # tokens a round, of the draft that served, before learning from it
+    expected_length: float  # tokens a round on it, of the newest draft, before learning from it
     dropped: bool = False  # what was learned, by the gate
     loss: float | None = None  # None: no step was due, or the learner pauses
     version: int = 0
@@ -41,9 +41,9 @@ class Outcome:
 
 class Learner:
     """Learns from one answer after the other.  Three drafts: `draft` takes the steps; `average` is
-    the mean of its weights over the last `horizon` steps, which does what a falling rate would do
-    if traffic had an end (Polyak & Juditsky 1992); `began` is what the run started with.  The gate
-    says which of the last two serves.
+    an exponential average of its weights over some `horizon` steps, in place of a learning rate
+    that falls, which would need an end of training (Polyak & Juditsky 1992); `began` is what
+    learning started from, kept over --save.  The gate says which of the last two serves.
 
     There is a step for every `every` tokens of answers, so that learning takes about the same share
     of the time whether they are long or short.  A step is on `batch` traces: the new one (in the
@@ -51,8 +51,8 @@ class Learner:
     target's own tokens, in chains of `chain` that start at `places` places of the answer drawn at
     random, and, with learn_from="both", by the draft's own proposals, kept and rejected.
 
-    fresh: the draft begins with random weights, so its average spans the last third of its steps at
-    first."""
+    fresh: the draft begins with random weights, so at first its average spans the last third of the
+    steps, with weight 3 / (n + 2) for step n."""
 
     def __init__(self, draft, head, estimator="log", rule="block", lr=0.02, every=96, chain=5,
                  learn_from="target", fresh=False, gate=True, places=96, batch=3, recent=32,
@@ -61,7 +61,7 @@ class Learner:
         self.every, self.chain, self.learn_from, self.places = every, chain, learn_from, places
         self.batch, self.horizon, self.precision = batch, horizon, precision
         self.average, self.began = draft.clone(), draft.clone()
-        self.averaged = 0 if fresh else 3 * horizon  # steps that the average knows of
+        self.averaged = 0 if fresh else 3 * horizon  # n; here the weight is 1 / horizon already
         self.optimizers = muon_and_adamw(draft, lr)
         self.recent, self.gate, self.gated = deque(maxlen=recent), Gate(), gate
         self.version, self.waiting = 0, 0  # tokens since the last step
@@ -125,8 +125,8 @@ class Learner:
     def loss(self, trace):
         places = torch.arange(len(trace.ids) - trace.prompt_length, device=trace.ids.device)
         sides = [("target", of_answer(trace, self.draft, self.head, self.chain, self.some(places)))]
-        rounds = self.some(trace.drafted().nonzero()[:, 0])
-        if self.learn_from == "both" and len(rounds):
+        if self.learn_from == "both" and trace.drafted().any():
+            rounds = self.some(trace.drafted().nonzero()[:, 0])
             sides.append((trace.behaviour[rounds], of_rounds(trace, self.draft, self.head, rounds)))
         total, count = 0.0, 0
         for behaviour, (logits, target_logits, tokens) in sides:
@@ -146,7 +146,7 @@ class Learner:
         return torch.autocast(device.type, torch.bfloat16, self.precision == torch.bfloat16)
 
     def go_back(self, draft):
-        """These weights learn on and serve as if nothing had come after them."""
+        """Learning goes on from these weights, with fresh optimizers."""
         for module in (self.draft, self.average):
             module.load_state_dict(draft.state_dict())
         for optimizer in self.optimizers:

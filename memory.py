@@ -4,12 +4,12 @@ Learned at once, for nothing, and lossless: guesses are proposed outright, so dr
 Production systems have shown how far that goes (SuffixDecoding 2411.04975).  Here it is the match
 search of LZ77: a table leads from a hash of the last few tokens to the latest place where they
 stood, and every place to the one before it; a handful of them are extended backwards, and the
-longest match counts, of equals the latest.
+longest match counts, the latest of equally long ones.
 
-For example, after "the cat sat. the cat" the last tokens "the cat" stood once before, and what
-followed them was " sat".
+For example, of bytes: in "the cat sat. the cat" the last seven, "the cat", stood once before, and
+what followed them was " sat".
 
-A place is entered as soon as something has followed it, so a text never finds its own end.  A copy
+A place is entered as soon as a token has followed it, so no text's own end is found.  A copy
 that reaches the end of the text goes on with itself: "abcabc" is followed by "abcabc..".
 """
 
@@ -48,7 +48,8 @@ class Memory:
     def remember(self, text):
         """A whole text: nothing else follows it."""
         self.extend(text)
-        self.extend([BORDER])
+        self.tokens[self.size % self.capacity] = BORDER  # its last place has no successor, and is
+        self.size += 1  # not entered
 
     def hash(self, a, b, c):
         return (a * 0x9E3779B1 ^ b * 0x85EBCA77 ^ c * 0xC2B2AE3D) >> 7 & self.mask

@@ -13,7 +13,7 @@ term cancels the first wherever q is too large already.  But divide by the proba
 the tokens were drawn, their *behaviour* b, whoever drew them (the draft as it is, the draft as it
 was when it served, the target itself), and b is a constant:
 
-    L = E_{x~b}[ sum_j U_j ],    U_j = u_j / b(x_1..x_j),
+    L = E_{x~b}[ sum_j U_j ],    U_j = u_j / b(x_1..x_j),    if b > 0 wherever u_j > 0,
 
 so autograd straight through U is exact.  With Q_j = prod_i q_i / b_i, both rules are one recursion,
 
@@ -26,13 +26,14 @@ min(1, Q_1, .., Q_j), the running minimum of the likelihood ratio.  The ladder:
 
     reinforce_textbook   sum_j U_j grad log q(x_1..x_j)        biased: the counter-example
     reinforce            sum_j grad U_j                        grad L
-    expected             sum_j grad A_j                        grad L, less noise
-    log                  sum_j U_{j-1} grad log A_j            NOT grad L, the same best draft q = p
-    kl                   - sum_j grad KL(p_j || q_j)           likewise: distillation
+    expected             sum_j grad A_j                        grad L; each term has less noise
+    log                  sum_j U_{j-1} grad log A_j            not grad L: normalised, the default
+    kl                   - sum_j grad KL(p_j || q_j)           not grad L: distillation
 
-log normalises the reward of every place by what is expected there, A_j / U_{j-1}, as group-relative
-policy gradients do with their advantages: from afar, where the reward and its gradient vanish
-together, it still has a direction.  `python -m bench.ladder` measures them by enumeration.
+log divides the gradient at every place by what is expected there, A_j / U_{j-1}: the reward of a
+draft that is far off vanishes, and so does its gradient, but not their ratio (down to 1e-9).  Both
+it and kl leave a draft alone that is the target: at q = p all A_j are 1, as large as they can be.
+`python rl.py` measures, by enumeration, how each compares with grad L.
 
 All of it is conditional on where rounds start and on the rules by which chains end; that the draft
 moves those too is ignored.
@@ -44,7 +45,7 @@ from dataclasses import dataclass
 
 import torch
 
-LARGEST = 20.0  # of log Q: the minimum does not look at a ratio of 5e8
+LARGEST = 20.0  # of log Q, against overflow: the minimum then is the other side, p's
 
 
 @dataclass
@@ -79,16 +80,21 @@ def chains(draft_logits, target_logits, tokens, temperature, behaviour, rule):
     for j in range(tokens.shape[1]):
         carry = log_Q.clamp(max=LARGEST).exp() if rule == "block" else U
         q_side, p_side = carry[:, None] * draft_q[:, j], U[:, None] * target_p[:, j]
-        A = torch.where(q_side < p_side, q_side, p_side).sum(-1) * real[:, j]
+        A = lesser(q_side, p_side).sum(-1) * real[:, j]
         under = torch.where(q_side < p_side, draft_q[:, j], 0.0).sum(-1).detach()
-        q_side = carry * log_ratio[:, j].clamp(max=LARGEST).exp()
-        p_side = U * p_over_b[:, j]
         columns.append((U, A, under))
-        U = torch.where(q_side < p_side, q_side, p_side) * real[:, j]
+        q_side = carry * log_ratio[:, j].clamp(max=LARGEST).exp()
+        U = lesser(q_side, U * p_over_b[:, j]) * real[:, j]
         log_Q = log_Q + log_ratio[:, j]
     before, A, under = (torch.stack(x, dim=1) for x in zip(*columns))
     return Chains(torch.cat([before[:, 1:], U[:, None]], dim=1), before, A, log_q_x,
                   log_ratio.clamp(max=LARGEST).exp() * real, under)
+
+
+def lesser(q_side, p_side):
+    """Their minimum.  At a tie the gradient is p_side's alone, where torch.minimum's is halved:
+    ties are the rule where q = p, and with a p that is one-hot."""
+    return torch.where(q_side < p_side, q_side, p_side)
 
 
 def log_distributions(draft_logits, target_logits, temperature):
@@ -109,11 +115,11 @@ def reinforce_textbook(c):
 
 
 def reinforce(c):
-    return c.U - baseline(c, itself=1)
+    return c.U
 
 
 def expected(c):
-    return c.A - baseline(c, itself=0)
+    return c.A
 
 
 def log(c):
@@ -121,17 +127,19 @@ def log(c):
     return c.before.detach() * torch.where(c.A > 0, alpha.clamp(min=1e-9), 1.0).log()
 
 
-def baseline(c, itself):
-    """What x_j is worth, guessed from what stands before it: if overlaps stayed as they are here,
-    alpha + alpha^2 + .. more tokens.  It is free, as E_{x~b}[(q/b) grad log q] = 0."""
+ESTIMATORS = {"reinforce_textbook": reinforce_textbook, "reinforce": reinforce,
+              "expected": expected, "log": log}
+OWN_REWARD = {"reinforce": 1, "expected": 0}  # whether x_j's own reward multiplies its score
+
+
+def baseline(c, own_reward):
+    """(R, K), to subtract: what x_j is worth, guessed from what stands before it.  If overlaps stay
+    as they are here, alpha + alpha^2 + .. more tokens.  Its gradient has mean 0, as
+    E_{x~b}[(q/b) grad log q] = 0; it moves the loss's value, though."""
     alpha = (c.A / c.before.clamp(min=1e-30)).detach().clamp(max=0.999)
     left = torch.arange(c.A.shape[1] - 1, -1, -1, device=alpha.device)  # places after x_j
     ahead = alpha * (1 - alpha**left) / (1 - alpha)
-    return (c.before * c.under * (ahead + itself)).detach() * c.ratio
-
-
-ESTIMATORS = {"reinforce_textbook": reinforce_textbook, "reinforce": reinforce,
-              "expected": expected, "log": log}
+    return (c.before * c.under * (ahead + own_reward)).detach() * c.ratio
 
 
 def policy_gradient_loss(draft_logits, target_logits, tokens, temperature=1.0, estimator="log",
@@ -140,16 +148,15 @@ def policy_gradient_loss(draft_logits, target_logits, tokens, temperature=1.0, e
 
     draft_logits (R, K, V) with gradient; target_logits (R, K, V): the target's view of the same
     places; tokens (R, K) int64, -1 pads; behaviour as of `chains`.  temperature: the one that
-    served.  `reinforce` and `expected` are unbiased from R = 1 on if b covers what p and q allow.
-    The target's tokens get no baseline: q / p has no bound, and where p is cut its mean is not 1.
+    served.  `reinforce` and `expected` are unbiased from R = 1 on.  The target's tokens get no
+    baseline: q / p has no bound, and where p is cut its mean is not 1.
     At temperature 0 each token counts as drawn with b = 1, exact as far as the chain is p's own."""
     if estimator == "kl":
         return forward_kl(draft_logits, target_logits, tokens, temperature)
     c = chains(draft_logits, target_logits, tokens, temperature, behaviour, rule)
-    if estimator in ("reinforce", "expected") and (temperature == 0 or behaviour == "target"):
-        utility = c.U if estimator == "reinforce" else c.A
-    else:
-        utility = ESTIMATORS[estimator](c)
+    utility = ESTIMATORS[estimator](c)
+    if estimator in OWN_REWARD and temperature > 0 and behaviour != "target":
+        utility = utility - baseline(c, OWN_REWARD[estimator])
     return -utility.sum(1).mean()
 
 
@@ -176,3 +183,9 @@ def acceptance(draft_logits, target_logits, tokens, temperature=1.0, rule="block
         c = chains(draft_logits, target_logits, tokens, temperature, "target", rule)
         kept, before = c.A, c.before * real
     return kept.sum(0) / before.sum(0).clamp(min=1e-9)
+
+
+if __name__ == "__main__":
+    from bench.ladder import main
+
+    main()

@@ -44,7 +44,7 @@ DRAFTS = {  # logits of adversarial drafts against a target with logits z
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", DRAFTS)
 @pytest.mark.parametrize("K", [1, 4])
-def test_every_emitted_token_follows_the_target(name, K, rule, B=30_000):
+def test_the_first_token_follows_the_target(name, K, rule, B=30_000):
     """Lossless, whatever the draft, at every temperature (rows of one batch at different ones): the
     first token that is emitted, by whatever route, has law target_p.  Chains end early by a rule on
     drafted tokens: after a token that is divisible by 3."""
@@ -380,7 +380,7 @@ def test_gradients_are_unbiased_by_enumeration(rule, seed):
 
 
 def test_the_rules_have_different_gradients():
-    """The token rule's gradient is not the block rule's: trained for one, judged by the other."""
+    """An estimator that mistook one rule for the other would not be unbiased."""
     p, q = language(30), language(10)
     _, block = enumerated(p, q, q, "expected", "block", "draft")
     _, token = enumerated(p, q, q, "expected", "token", "draft")
@@ -393,13 +393,13 @@ def test_the_other_utilities_have_the_same_best_draft(name, rule):
     """log and kl are no estimates of this gradient, but are best, 0, at q = p, where L is too."""
     p = language(3)
     for seed in (3, 4, 5):
-        q, worst = language(seed), 0.0
+        q, worst = p if seed == 3 else language(seed), 0.0
         for x in itertools.product(range(3), repeat=3):
             ids = torch.tensor([x])
             logits = along(q, x, 3)[None], along(p, x, 3)[None]
             loss = policy_gradient_loss(*logits, ids, 1.0, name, "target", rule).item()
             worst = max(worst, loss)
-        assert worst > 1e-3 if seed != 3 else worst < 1e-12
+        assert (worst < 1e-12) if q is p else (worst > 1e-3)
 
 
 # ---- learning ------------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ def teachable(gain=2.0):
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("learn_from, temperature", [("target", 0.7), ("both", 0.7), ("target", 0)])
 def test_serving_teaches_the_draft(learn_from, temperature, precision):
-    """20 requests, then 8 held-out answers: the accepted tokens to expect have grown by half."""
+    """20 requests, then 8 held-out answers: the accepted tokens to expect have grown by 30 %."""
     target = teachable()
     torch.manual_seed(0)
     draft, head_of_target, held = Draft(target), Head(target), []

@@ -1,23 +1,27 @@
 """The acceptance rules of speculative decoding: how many drafted tokens to keep, and the next one.
 
-The draft proposed x_1..x_K, x_i drawn from draft_q_i.  The target, in one forward pass, says
-target_p_i at each of those places and at the one after.
+A language model, the *target*, pays one forward pass for a token, but in one pass it can judge
+several places of a text.  So a cheap model, the *draft*, guesses a *chain* of K tokens x_1..x_K,
+each x_i drawn from its distribution draft_q_i; the target reads them all and says its own,
+target_p_i, at each of those places and at the one after; and a rule keeps the first few and adds
+one more token.  What comes out must have the target's distribution, whatever the draft was: the
+rule is *lossless*.  It decides by *coins*, numbers drawn uniformly from [0, 1).
 
 The *token rule* (Leviathan et al. 2211.17192, algorithm 1; Chen et al. 2302.01318, theorem 1) goes
 from left to right: keep x_i with probability min(1, target_p_i(x_i) / draft_q_i(x_i)) and stop at
 the first that is not kept.  There, draw the next token from the *residual*, max(0, target_p -
-draft_q) renormalised; if all were kept, draw it from target_p_{K+1}, the bonus.  It is lossless: id
-v comes out with probability
+draft_q) renormalised; if all were kept, draw it from target_p_{K+1}, a bonus.  It is lossless:
+token v comes out with probability
 
     draft_q(v) min(1, target_p(v) / draft_q(v)) + (1 - overlap) residual(v)
     = min(target_p, draft_q)(v) + max(0, target_p - draft_q)(v) = target_p(v),
 
 where overlap = sum_v min(target_p, draft_q)(v) is how often a drafted token is kept.
 
-For example, of two ids, draft_q = (0.9, 0.1) and target_p = (0.6, 0.4).  The first is drafted nine
-times in ten and kept with probability 0.6 / 0.9, so it comes out with 0.6.  The 0.3 that were
-rejected go to the residual, the second id alone; that one is drafted with 0.1 and always kept, so
-it comes out with 0.1 + 0.3 = 0.4.
+For example, of two tokens, draft_q = (0.9, 0.1) and target_p = (0.6, 0.4).  The first is drafted
+nine times in ten and kept with probability 0.6 / 0.9, so it comes out with 0.6.  The 0.3 that were
+rejected go to the residual, the second token alone; that one is drafted with 0.1 and always kept,
+so it comes out with 0.1 + 0.3 = 0.4.
 
 The *block rule* (Sun et al. 2403.10444; the best that one chain allows, 2602.16961) judges the
 chain as a whole: a token that the draft underrates makes up for one that it overrates.
@@ -28,14 +32,16 @@ chain as a whole: a token that the draft underrates makes up for one that it ove
 
 Keep x_1..x_n for the largest n with coin_n < h_n, none if there is none; then draw the next token
 from max(0, w_n target_p_{n+1} - draft_q_{n+1}), renormalised, or from target_p_{K+1} if n = K.  A
-prefix is kept with probability w_i, by induction from the end: given that P(n > i | x_1..x_{i+1}) =
-w_{i+1}, and with sum_v min(draft_q_{i+1}, w_i target_p_{i+1})(v) = w_i - m_i,
+drafted prefix is kept with probability w_i, by induction from the end: given that P(n >= i+1 |
+x_1..x_{i+1}) = w_{i+1}, and with sum_v min(draft_q_{i+1}, w_i target_p_{i+1})(v) = w_i - m_i,
 
     P(n >= i | x_1..x_i) = (w_i - m_i) + (1 - w_i + m_i) h_i = w_i.
 
-The token rule keeps it with the product of min(1, target_p / draft_q), which is never more.
-Nothing asks why a chain ended, so it may end by any rule on tokens already drafted.
-docs/block.md has the whole proof and an example of two tokens.
+The token rule keeps it with the product of min(1, target_p / draft_q), which is never more.  The
+proof looks only ahead from i, so K may depend on the tokens drafted so far: on an end token, or on
+how sure the draft is.  docs/block.md has the whole proof and an example of two tokens.
+
+    python verify.py        one round in slow motion, under both rules
 
 `accept_one` is the definition, `accept_torch` the same for a batch, kernels.cu what runs where it
 can (AURORA_KERNEL=torch|fused forces one).  Nothing here knows about models, and randomness is an
@@ -53,28 +59,42 @@ RULES = ("block", "token")
 
 
 def accept_one(target_p, draft_q, tokens, coins, rule="block"):
-    """One row.  target_p (K+1, V), draft_q (K, V), tokens (K,) ids, coins (K+1,) in [0, 1): coin i
-    decides about the ith token, the last one draws.  Floats are float64.  -> (kept, next token)"""
-    K, kept, w = len(tokens), 0, [1.0]
-    if rule == "token":
-        while kept < K and coins[kept] * draft_q[kept, tokens[kept]] < target_p[kept, tokens[kept]]:
-            kept += 1
-        w = [1.0] * (K + 1)
-    else:
-        for p, q, x in zip(target_p, draft_q, tokens):
-            w.append(min(1.0, w[-1] * float(p[x]) / max(float(q[x]), 1e-300)))
-        for i in range(1, K):
-            m = (w[i] * target_p[i] - draft_q[i]).clamp(min=0).sum()
-            if coins[i - 1] * (m + (1 - w[i])) < m:  # coin < h_i: strict, so that a coin of 0
-                kept = i  # keeps nothing impossible
-        if K and coins[K - 1] < w[K]:
-            kept = K
-    mass = target_p[kept]
-    if kept < K:
-        mass = (w[kept] * mass - draft_q[kept]).clamp(min=0)
+    """One row.  target_p (K+1, V), draft_q (K, V), tokens (K,) ids, coins (K+1,) in [0, 1): one for
+    every token, and the last one draws.  Floats are float64.  -> (kept, next token)"""
+    keep = keep_block if rule == "block" else keep_tokens
+    n, w = keep(target_p, draft_q, tokens, coins)
+    mass = target_p[n]
+    if n < len(tokens):
+        mass = (w * target_p[n] - draft_q[n]).clamp(min=0)
         if mass.sum() == 0:  # target_p = draft_q, up to rounding
-            mass = target_p[kept]
-    return kept, int(inverse_cdf(mass, coins[-1]))
+            mass = target_p[n]
+    return n, int(inverse_cdf(mass, coins[-1]))
+
+
+# Below, row i of target_p and draft_q is about x_{i+1}, and so is coins[i].  Comparisons are
+# strict, so that a coin of 0 keeps nothing impossible.
+
+
+def keep_tokens(target_p, draft_q, tokens, coins):
+    """-> (n, 1): how many are kept, and the weight of target_p in the residual."""
+    n = 0
+    while n < len(tokens) and coins[n] * draft_q[n, tokens[n]] < target_p[n, tokens[n]]:
+        n += 1
+    return n, 1.0
+
+
+def keep_block(target_p, draft_q, tokens, coins):
+    """-> (n, w_n)"""
+    K, n, w = len(tokens), 0, [1.0]
+    for p, q, x in zip(target_p, draft_q, tokens):
+        w.append(min(1.0, w[-1] * float(p[x]) / max(float(q[x]), 1e-300)))
+    for i in range(1, K):
+        m = (w[i] * target_p[i] - draft_q[i]).clamp(min=0).sum()
+        if coins[i - 1] * (m + 1 - w[i]) < m:  # coin_i < h_i
+            n = i
+    if K and coins[K - 1] < w[K]:
+        n = K
+    return n, w[n]
 
 
 REASONS = (  # kernels.cu: Status
@@ -113,15 +133,18 @@ def accept(target_logits, draft_logits, draft_tokens, coins, temperature=1.0, ru
     check(target_logits, draft_logits, draft_tokens, coins, temperature, rule)
     fused = kernel(target_logits.device.type)
     floats = [x.dtype for x in (target_logits, draft_logits) if x is not None]
-    decide = accept_torch if fused is None or torch.float64 in floats else fused
+    if torch.float64 in floats:  # the kernel reads float32 and what is shorter
+        fused = None
+    decide = fused or accept_torch
     num_accepted, next_token, status = decide(
         target_logits, draft_logits, draft_tokens, coins, temperature, rule == "block"
     )
-    worst = max(status.tolist(), default=0)  # (B,), 0 if all is well; the one transfer to the host
-    if worst:
-        rows = [b for b, s in enumerate(status.tolist()) if s == worst]
-        kind = NoDistribution if worst == 4 else ValueError
-        raise kind(f"{REASONS[worst]}; batch rows {rows}")
+    status = status.tolist()  # (B,), 0 if all is well: the one transfer to the host
+    if any(status):
+        reason = min(filter(None, status))
+        rows = [b for b, s in enumerate(status) if s == reason]
+        kind = NoDistribution if reason == len(REASONS) - 1 else ValueError
+        raise kind(f"{REASONS[reason]}; batch rows {rows}")
     return num_accepted, next_token
 
 
@@ -138,7 +161,7 @@ def check(target_logits, draft_logits, draft_tokens, coins, temperature, rule):
     for name, (x, shape, dtype) in wanted.items():
         if x is None and name == "draft_logits":
             continue
-        if x.shape != shape or x.dtype != (dtype or x.dtype):
+        if x.shape != shape or not (x.dtype == dtype if dtype else x.is_floating_point()):
             got = f"{tuple(x.shape)} {x.dtype}"
             raise ValueError(f"{name}: expected {shape} {dtype or 'floats'}, got {got}")
     if rule not in RULES:
@@ -169,10 +192,9 @@ def accept_torch(target_logits, draft_logits, draft_tokens, coins, temperature, 
             w.append((w[-1] * p[:, k] / q[:, k].clamp(min=1e-300)).clamp(max=1))
         w = torch.stack(w, dim=1)  # (B, K+1): w_0..w_K
         m = (w[:, :K, None] * target_p[:, :K] - draft_q).clamp(min=0).sum(-1)  # m_0..m_{K-1}
-        m = torch.cat([m, w[:, K:]], dim=1)
-        over, under = m, m + (1 - w)  # h_i = over / under
-        last = place == length[:, None]  # where h_K = w_K
-        over, under = torch.where(last, w, over), torch.where(last, 1.0, under)
+        m = torch.cat([m, w[:, K:]], dim=1)  # m_K is not looked at
+        whole = place == length[:, None]  # h_K = w_K
+        over, under = torch.where(whole, w, m), torch.where(whole, 1.0, m + (1 - w))
         kept = (coins[:, :K] * under[:, 1:] < over[:, 1:]) & drafted  # coin_i < h_i, i = 1..K
         num_accepted = (kept * place[1:]).amax(1) if K else length
         read = place <= length[:, None]
@@ -198,6 +220,12 @@ def accept_torch(target_logits, draft_logits, draft_tokens, coins, temperature, 
     bad_coin = ~((coins >= 0) & (coins < 1))
     faults = bad_coin.any(1), bad_token.any(1), ~(temperature >= 0), broken
     status = torch.zeros_like(length)
-    for reason in (4, 3, 2, 1):  # the gravest is told
+    for reason in (4, 3, 2, 1):  # the caller's own mistake is told first
         status = torch.where(faults[reason - 1], reason, status)
     return num_accepted, next_token, status
+
+
+if __name__ == "__main__":
+    from bench.slow_motion import main
+
+    main()

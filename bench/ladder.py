@@ -1,4 +1,4 @@
-"""python -m bench.ladder: what the estimators make of the exact gradient, by enumeration.
+"""python rl.py: what the estimators make of the exact gradient, by enumeration.
 
 Random languages of 4 tokens, chains of 3.  near: the target's logits are the draft's and 0.6 noise;
 far: independent and sharp.  cosine and length (in lengths of the exact gradient): of the mean, 1
@@ -59,7 +59,7 @@ def measured(estimator, rule, seed, far, behaviour):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="bench.ladder", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="rl.py", description=__doc__.split("\n")[0])
     parser.add_argument("--rule", choices=("block", "token"), default="block")
     parser.add_argument("--languages", type=int, default=20)
     args = parser.parse_args()

@@ -9,8 +9,9 @@ S from counts for each source, bucket of match length and place, fading, seconds
 the run began.  Counts fade towards PRIOR whenever their source is on offer: that is the probing.
 An arm that does not pay is tried again when what spoke against it has faded, which loses some
 PRIOR * WEIGHT * (1 - FADE) of the time of plain rounds, a third of a percent, however bad it is.
-A drafted token that costs next to nothing is tried more often: at worst, at a cost of 0.03 plain
-tokens, always.  What was seen of the head also counts less with every answer: another text.
+A place that always fails keeps S_1 >= PRIOR * WEIGHT / (WEIGHT + 1 / (1 - FORGET)) = 0.03, so a
+drafted token that costs less than 0.03 plain rounds is tried in every round.  What was seen of the
+head also counts less with every answer: another text.
 
 The head knows how sure it is.  After k tokens that it gives probability c together, going on to m
 adds c (S_{k+1} + .. + S_m) / S_k tokens to expect and takes seconds[m] - seconds[k]; it stops when
@@ -21,9 +22,9 @@ from dataclasses import dataclass, field
 
 PLAIN, HEAD, REQUEST, SHARED = "plain", "head", "request", "shared"
 LONGEST = {HEAD: 8, REQUEST: 16, SHARED: 16}  # drafted tokens a round
-PRIOR, WEIGHT = 0.7, 5.0  # acceptance of a place of which nothing is known, as so many tests
+PRIOR, WEIGHT = 0.7, 5.0  # acceptance of a place before anything is known, worth so many tests
 FADE, FORGET, ANSWER = 0.999, 0.99, 0.7  # a round on offer; a test of the same place; an answer
-GUESSED = 10  # rounds: what stopping early is believed to make, a tenth more than a fixed length
+GUESSED, MORE = 10, 1.1  # rounds for which stopping early is believed to make a tenth more
 BUCKETS = (4, 6, 8, 12, 16, 24, 32)  # of match lengths
 
 
@@ -127,12 +128,15 @@ class DraftLength:
         return plan
 
     def head_rate(self):
+        """Tokens per second of rounds of the head that stop by confidence."""
         fixed = self.rates(HEAD)
         K = max(range(len(fixed)), key=fixed.__getitem__)
         guessed = GUESSED * self.seconds[HEAD][K + 1]
-        return (1.1 * fixed[K] * guessed + self.tokens) / (guessed + self.spent)
+        return (MORE * fixed[K] * guessed + self.tokens) / (guessed + self.spent)
 
     def floors(self, rate):
+        """Confidences c after k = 1, 2, .. tokens below which no m > k is worth its time:
+        c (S_{k+1} + .. + S_m) / S_k < rate (seconds[m] - seconds[k])."""
         S, t, floors = self.of(HEAD).survival(), self.seconds[HEAD], []
         for k in range(1, len(S)):
             worth = [

@@ -2,7 +2,8 @@
 
 Two drafts: what *began*, and what is *learned* by now.  On every new answer, before anything is
 learned from it, the expected tokens a round of both are computed on the same text.  Their paired
-differences d have little noise, and their sum, the older ones forgotten, is standardised:
+differences d have little noise, and their sum, older ones counting less by f = FORGET an answer, is
+standardised (d_0 is the latest):
 
     z = sum_i f^i d_i / sqrt(sum_i f^2i d_i^2),    about standard normal where the two are equal.
 
@@ -25,8 +26,8 @@ class Gate:
         return self.z > 0
 
     def judge(self, difference):
-        """How many more tokens a round to expect of what is learned than of what began, on one more
-        answer -> is it dropped?"""
+        """difference: the tokens a round expected of what is learned minus those of what began, on
+        one more answer -> whether to drop what is learned; then all counts start anew."""
         self.total = FORGET * self.total + difference
         self.square = FORGET**2 * self.square + difference**2
         self.z, self.answers = self.total / max(self.square, 1e-24) ** 0.5, self.answers + 1

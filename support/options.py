@@ -21,6 +21,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells every default but those that the help tells itself, and none and off."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def whole(low, high=2**31 - 1):
     def number(text):
         value = int(text)
@@ -51,7 +60,7 @@ def temperature(text):
 
 def arguments(argv=None):
     parser = Parser(prog="aurora.py", description="A draft model that learns while it serves.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    formatter_class=Defaults)
     models = parser.add_argument_group("models")
     add = models.add_argument
     add("--target", default=str(WEIGHTS / "target.pt"), metavar="FILE|DIR|NAME",
@@ -63,8 +72,9 @@ def arguments(argv=None):
         help="the draft of --compare that never learns; by default what --draft begins with")
     add("--draft-vocab", type=whole(0), default=0, metavar="N",
         help="ids that a scratch draft can say, the lowest ones; 0 is all")
-    add("--memory", choices=("shared", "request", "off"), default="shared",
-        help="propose what followed before: in any request, in this one only, or not")
+    add("--memory", choices=("shared", "request", "off"),
+        help="propose what followed before: in any request, in this one only, or not (default: "
+             "shared; off with a fixed draft length, which is the head's)")
     add("--memory-tokens", type=whole(64, 10**9), default=1_000_000, metavar="N",
         help="that the shared memory holds, the oldest forgotten first")
 
@@ -107,6 +117,11 @@ def arguments(argv=None):
     except (ValueError, OverflowError) as error:
         raise UserError(str(error)) from None
     fresh = args.draft == "scratch"
+    fixed = args.num_speculative_tokens != "auto"
+    if fixed and (args.draft == "none" or args.memory not in (None, "off")):
+        raise UserError("--num-speculative-tokens K is the head's: it needs a --draft, and goes "
+                        "with no --memory but off")
+    args.memory = args.memory or ("off" if fixed else "shared")
     args.lr = args.lr or (0.03 if fresh else 0.015)
     args.learn_every = args.learn_every or (96 if fresh else 256)
     check(args)

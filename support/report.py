@@ -64,6 +64,7 @@ def line_of(name, served):
     histogram = Counter(x.accepted for x in drafted)
     longest = max((x.drafted for x in drafted), default=0)
     accepted, outcome = sum(x.accepted for x in drafted), served.outcome
+    wrote = {s: sum(x.accepted for x in drafted if x.source == s) for s in SOURCES if s != PLAIN}
     return {
         "arm": name, "class": r.kind, "seed": r.seed, "version": served.version,
         "tokens": len(generation.answer()), "rounds": len(drafted),
@@ -71,9 +72,7 @@ def line_of(name, served):
         "drafted": sum(x.drafted for x in drafted),
         "acceptance_histogram": [histogram[n] for n in range(longest + 1)],
         "mean_acceptance_length": 1 + accepted / max(1, len(drafted)),
-        "tokens_by_source": {
-            s: sum(x.committed for x in rounds if x.source == s) for s in SOURCES
-        },
+        "tokens_by_source": wrote | {PLAIN: len(generation.answer()) - sum(wrote.values())},
         "serve_seconds": served.seconds, "wait_seconds": served.waited,
         "learned_before": None if outcome is None else {
             "expected_length": outcome.expected_length, "loss": outcome.loss,
@@ -179,9 +178,13 @@ class Journal:
             return ""
         now, base = summary(last), summary(plain)
         ratio = now["tokens_per_second"] / base["tokens_per_second"]
+        share = {s: n / max(1, now["tokens"]) for s, n in now["tokens_by_source"].items()}
         return (f"Plain decoding made {base['tokens_per_second']:.0f} tokens a second; over the "
                 f"last {len(last)} requests Aurora made {now['tokens_per_second']:.0f}, "
-                f"{ratio:.2f} times as many, {now['tokens_per_round']:.2f} tokens a round.")
+                f"{ratio:.2f} times as many.\nOf 100 tokens the memory guessed "
+                f"{100 * (share[REQUEST] + share[SHARED]):.0f} and the head "
+                f"{100 * share[HEAD]:.0f}; the target wrote {100 * share[PLAIN]:.0f} itself, "
+                f"{now['tokens_per_round']:.2f} tokens a forward pass with what it confirmed.")
 
     def write_report(self):
         if self.args.report:

@@ -20,7 +20,8 @@ def matched(history, place, text):
 def searched(history, text, K, places=None):
     """What a lookup is to find in all of this history, by looking everywhere, the latest first."""
     best, found = SHORTEST_MATCH - 1, None
-    candidates = [p for p in range(len(history) - 1) if matched(history, p, text) >= SHORTEST_MATCH]
+    ends = [p for p in range(len(history) - 1) if history[p + 1] != BORDER]
+    candidates = [p for p in ends if matched(history, p, text) >= SHORTEST_MATCH]
     for place in reversed(candidates[-(places or len(history)) :]):
         n = matched(history, place, text)
         if n > best:
@@ -97,8 +98,12 @@ def test_nothing_is_read_across_a_border():
     memory = remembered([b"xxab", b"cdef"])
     assert memory.lookup(list(b"abcd"), 4) == (0, [])
     assert memory.lookup(list(b"xabcde"), 4) == (3, list(b"f"))
-    assert memory.lookup(list(b"xxab"), 4) == (4, [])
-    assert memory.lookup(list(b"cdef"), 4) == (4, [])
+    assert memory.lookup(list(b"xxab"), 4) == memory.lookup(list(b"cdef"), 4) == (0, [])
+
+
+def test_a_text_that_ended_does_not_hide_one_that_went_on():
+    memory = remembered([b"abcde", b"xxabc"])
+    assert memory.lookup(list(b"xxabc"), 4) == (3, list(b"de"))
 
 
 @pytest.mark.parametrize("capacity", [64, 65, 200, 256])
