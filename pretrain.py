@@ -30,8 +30,9 @@ from draft import Draft, load_draft
 from model import Attention, Config, Transformer, UserError
 from support.corpus import BOS, CLASSES, as_bytes, corpus, print_corpus, record, sample, windows
 from support.sampling import inverse_cdf, probabilities
+from support.optimizers import fast_dtype
 from support.store import load_target, save
-from support.training import attend, fast_dtype, fast_products, in_bfloat16, last_quarter, train
+from support.training import attend, fast_products, in_bfloat16, last_quarter, train
 
 WEIGHTS = Path(__file__).parent / "weights"
 TEMPERATURE = 0.8  # at which drafts are trained and measured, aurora.py's default
@@ -185,7 +186,7 @@ def train_draft(args, texts, classes):
     target = load_target(args.target_path)[0].eval()
     streams = [as_bytes(texts[kind]["train"]) for kind in classes]
     answers = torch.load(args.answered, weights_only=True, mmap=True) if args.answered else {}
-    answers = [answers[kind] for kind in classes if answers]
+    answers = [answers[kind] for kind in classes if kind in answers]
     held_out, K, rule = answers_to(texts, "eval", target, HELD_OUT, 1), args.chain, args.rule
     draft, before = load_draft(args.init, target) if args.init else (Draft(target), {})
 

@@ -12,13 +12,14 @@ differ in prompts and coins.  --json FILE keeps a line a request, for bench.pict
 import argparse
 import json
 import statistics
+import sys
 
 import torch
 from tqdm import tqdm
 
 import aurora
 from formats.find import find_draft, find_target
-from model import by_columns
+from model import UserError, by_columns
 from support import options
 from support.draft_length import FixedLength
 
@@ -127,6 +128,8 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="keep a line a request")
     ours, rest = parser.parse_known_args()
     args = options.arguments(rest)
+    if args.draft == "none":
+        raise UserError("--draft none: every arm but plain decoding has a head")
     target = find_target(args.target, args.dtype)[0].eval()
     torch.set_num_threads(1)
     by_columns(target)
@@ -145,4 +148,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"bench.arms: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -103,6 +103,8 @@ def main():
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[256, 32000, 151936])
     parser.add_argument("--turns", type=int, default=9)
     args = parser.parse_args()
+    if min([*(args.batch or ()), *args.threads, *args.vocabulary, args.turns]) < 1:
+        parser.error("numbers must be at least 1")
     cuda = args.device == "cuda"
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
     if not kernel(args.device):

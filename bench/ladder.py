@@ -63,6 +63,8 @@ def main():
     parser.add_argument("--rule", choices=("block", "token"), default="block")
     parser.add_argument("--languages", type=int, default=20)
     args = parser.parse_args()
+    if args.languages < 1:
+        parser.error("--languages must be at least 1")
     print(f"{args.rule} rule, {args.languages} languages: medians\n")
     print(f"{'':20s}{'near: cosine  length   noise  noise*':>40s}"
           f"{'far: cosine  length   noise  noise*':>40s}   (*: the target's tokens)")

@@ -4,9 +4,10 @@ Weights are safetensors, memory-mapped.  No pickle is read and no code of a chec
 extras of requirements-hf.txt are imported here, by `need`, and only when something needs them.
 """
 
+import errno
 import importlib
 import json
-import shutil
+import tempfile
 from pathlib import Path
 
 from model import UserError
@@ -92,18 +93,24 @@ def read_tensors(directory):
 
 
 def write(directory, tensors, **files):
-    """A directory that is either whole or not there: model.safetensors and {name}.json."""
-    new = Path(f"{directory}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    """A directory that is either whole or not there: model.safetensors and {name}.json.  Raises
+    OSError if it cannot be written."""
+    directory = Path(directory)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file = need("safetensors.torch", "writing a checkpoint").save_file
-    save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-    for name, content in files.items():
-        file = new / f"{name}.json"
-        file.write_text(json.dumps(content, indent=2) + "\n")
-        (new / "model.safetensors").chmod(file.stat().st_mode)  # engines run as somebody else
-    new.rename(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as folder:
+        new = Path(folder) / directory.name
+        new.mkdir()  # as others may read it: engines run as somebody else
+        try:
+            save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        except Exception as error:  # safetensors has a kind of its own for a full disk
+            raise OSError(errno.EIO, f"is the disk full? ({error})") from None
+        for name, content in files.items():
+            file = new / f"{name}.json"
+            file.write_text(json.dumps(content, indent=2) + "\n")
+            (new / "model.safetensors").chmod(file.stat().st_mode)
+        new.rename(directory)
 
 
 def shorten(value):

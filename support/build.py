@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from model import UserError
+
 SOURCE = Path(__file__).parent.parent / "kernels.cu"
 SCHEMA = (
     "(Tensor target_logits, Tensor? draft_logits, Tensor draft_tokens, Tensor coins, "
@@ -24,14 +26,14 @@ def kernel(device):
     to do: AURORA_KERNEL=torch asks for that, =fused makes it an error."""
     choice = os.environ.get("AURORA_KERNEL", "")
     if choice not in ("", "fused", "torch"):
-        raise ValueError(f"AURORA_KERNEL must be torch or fused, got {choice!r}")
+        raise UserError(f"AURORA_KERNEL must be torch or fused, got {choice!r}")
     if choice == "torch" or device not in ("cpu", "cuda"):
         return None
     try:
         load_kernel(device, SOURCE)
     except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
         if choice == "fused":
-            raise
+            raise UserError(f"AURORA_KERNEL=fused, but kernels.cu was not built: {error}") from None
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         warnings.warn(f"torch decides what is accepted: kernels.cu was not built: {reason}")
         return None

@@ -170,7 +170,7 @@ def check(args):
 def check_device(device):
     try:
         torch.zeros(1, dtype=torch.float64, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError):
         raise UserError(f"--device {device} is not to be had here; try --device cpu") from None
 
 
@@ -182,14 +182,14 @@ def read_prompts(path):
         pairs = [("prompts", line) for line in lines]
         if path.lower().endswith(".jsonl"):
             objects = [json.loads(line) for line in lines]
-            pairs = [(str(o.get("class", "prompts")), o["prompt"]) for o in objects]
+            pairs = [(o.get("class", "prompts"), o["prompt"]) for o in objects]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f'{path}: expected UTF-8 text, a prompt a line, or in a .jsonl an object '
                         'with "prompt" a line') from None
-    if not pairs or not all(isinstance(text, str) and text for _, text in pairs):
-        raise UserError(f"{path}: an empty prompt, or none at all")
+    if not pairs or not all(isinstance(x, str) and x for pair in pairs for x in pair):
+        raise UserError(f"{path}: a prompt or class that is empty or no text, or none at all")
     return pairs
 
 

@@ -4,7 +4,6 @@ and an attention that goes backward fast on a CPU.  Used by pretrain.py.
 Letters: B batch rows, T tokens, H heads, G key/value heads, E head width.
 """
 
-import functools
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from support.optimizers import muon_and_adamw
+from support.optimizers import fast_dtype, muon_and_adamw
 
 
 def rate(progress):
@@ -74,20 +73,6 @@ def last_quarter(history):
 
 def in_bfloat16(model):
     return {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-
-
-@functools.cache
-def fast_dtype():
-    """What this CPU multiplies faster: without AVX512-BF16 or AMX, bfloat16 is emulated."""
-    took = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(256, 256, dtype=dtype)
-        matrix @ matrix
-        start = time.perf_counter()
-        for _ in range(10):
-            matrix @ matrix
-        took[dtype] = time.perf_counter() - start
-    return min(took, key=took.get)
 
 
 def fast_products():
