@@ -21,7 +21,7 @@ def test_muon_is_torchs(shape, dtype, monkeypatch):
         theirs.grad = ours.grad.clone()
         own.step()
         reference.step()
-    assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.04 * (theirs - start).norm()
 
 
 def test_a_step_is_orthogonal():
