@@ -142,10 +142,15 @@ def check(args):
     if args.draft_vocab and args.draft != "scratch":
         raise UserError("--draft-vocab goes with --draft scratch")
     read = (args.prompts, args.target, args.draft, args.static)
-    read = {os.path.realpath(STATIC.get(p, p)) for p in read if p is not None}
-    written = [os.path.realpath(p) for p in files]
-    if len(set(written)) < len(written) or read & set(written):
-        raise UserError("--report, --log and what is read must be different files")
+    read = [STATIC.get(path, path) for path in read if path]
+    written = [path for path in (*files, args.save, args.export) if path]
+    for path in written:
+        others = [x for x in written if x is not path]
+        others += [x for x in read if path is not args.save or not same(x, path)]  # it goes on
+        for other in others:
+            if same(path, other) or Path(other).resolve() in Path(path).resolve().parents:
+                raise UserError(f"{path} is to be written, and is or lies in {other}: name "
+                                "different places")
     if args.report and os.path.exists(args.report) and not os.path.isfile(args.report):
         raise UserError(f"cannot write {args.report}: it is replaced at the end, and is no file")
     for path in files:
@@ -167,6 +172,13 @@ def check(args):
                             "in one that can be written")
 
 
+def same(path, other):
+    """Whether both are one file or directory, by whatever name."""
+    if os.path.exists(path) and os.path.exists(other):
+        return os.path.samefile(path, other)
+    return Path(path).resolve() == Path(other).resolve()
+
+
 def check_device(device):
     try:
         torch.zeros(1, dtype=torch.float64, device=device).item()
@@ -183,6 +195,7 @@ def read_prompts(path):
         if path.lower().endswith(".jsonl"):
             objects = [json.loads(line) for line in lines]
             pairs = [(o.get("class", "prompts"), o["prompt"]) for o in objects]
+            pairs = [(str(k) if isinstance(k, int) else k, text) for k, text in pairs]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):

@@ -357,7 +357,7 @@ def test_a_learner_that_dies_is_one_line_and_what_serves_is_kept(files, tmp_path
 # ---- what it refuses -----------------------------------------------------------------------------
 
 NAMES = ("FOLDER", "TARGET", "NUMBER", "DEEP", "EMPTY", "BLANK", "LATIN", "SURROGATE", "FIFO",
-         "AGAIN", "LINK", "PROMPTS", "OTHER", "HALF", "OLD")
+         "AGAIN", "LINK", "HARD", "PROMPTS", "OTHER", "HALF", "HALF/draft.pt", "OLD")
 
 BAD = [
     ("no checkpoint at", ["--target", "nowhere.pt"]),
@@ -388,15 +388,21 @@ BAD = [
     ("cannot read", ["--prompts", "FOLDER"]),
     ("expected UTF-8", ["--prompts", "LATIN"]),
     ("expected UTF-8", ["--prompts", "DEEP"]),
-    ("empty prompt", ["--prompts", "NUMBER"]),
-    ("empty prompt", ["--prompts", "EMPTY"]),
-    ("empty prompt", ["--prompts", "BLANK"]),
+    ("that is empty", ["--prompts", "NUMBER"]),
+    ("that is empty", ["--prompts", "EMPTY"]),
+    ("that is empty", ["--prompts", "BLANK"]),
     ("not valid Unicode", ["--prompts", "SURROGATE"]),
-    ("different files", ["--log", "AGAIN"]),
-    ("different files", ["--log", "LINK"]),
-    ("different files", ["--report", "PROMPTS"]),
-    ("different files", ["--log", "TARGET"]),
-    ("different files", ["--log", "same", "--report", "./same"]),
+    ("different places", ["--log", "AGAIN"]),
+    ("different places", ["--log", "LINK"]),
+    ("different places", ["--log", "HARD"]),
+    ("different places", ["--report", "PROMPTS"]),
+    ("different places", ["--log", "TARGET"]),
+    ("different places", ["--log", "same", "--report", "./same"]),
+    ("different places", ["--save", "both", "--export", "./both/"]),
+    ("different places", ["--save", "kept", "--log", "kept/log"]),
+    ("different places", ["--draft", "HALF", "--log", "HALF/draft.pt"]),
+    ("--num-speculative-tokens K is the head's", ["--draft", "none"]),
+    ("--num-speculative-tokens K is the head's", ["--memory", "request"]),
     ("cannot write", ["--log", "FOLDER"]),
     ("cannot write", ["--report", "/nowhere/at/all.json"]),
     ("cannot write", ["--report", "FIFO"]),
@@ -406,7 +412,8 @@ BAD = [
     ("cannot be read", ["--draft", "HALF"]),
     ("another version's", ["--draft", "OLD"]),
     ("--draft-vocab goes with", ["--draft", "static", "--draft-vocab", "9"]),
-    ("nothing to --save", ["--draft", "none", "--save", "FOLDER"]),
+    ("nothing to --save", ["--draft", "none", "--save", "FOLDER", "--num-speculative-tokens",
+                           "auto"]),
 ]
 
 
@@ -421,6 +428,7 @@ def bad(files, kept, tmp_path_factory):
     (folder / "latin.txt").write_bytes("caf\u00e9\n".encode("latin-1"))
     (folder / "surrogate.jsonl").write_text('{"prompt": "\\udc80"}\n')
     (folder / "link").symlink_to(files / "prompts.jsonl")
+    (folder / "hard").hardlink_to(files / "prompts.jsonl")
     os.mkfifo(folder / "fifo")
     other = tiny_target()
     save(folder / "other.pt", other.config, other.state_dict(), {})
@@ -433,8 +441,9 @@ def bad(files, kept, tmp_path_factory):
     again = f"{files}/../{files.name}/./prompts.jsonl"
     paths = [folder, files / "target.pt", folder / "number.JSONL", folder / "deep.jsonl",
              folder / "empty.txt", folder / "blank.jsonl", folder / "latin.txt",
-             folder / "surrogate.jsonl", folder / "fifo", again, folder / "link",
-             files / "prompts.jsonl", folder / "other.pt", folder / "half", folder / "old"]
+             folder / "surrogate.jsonl", folder / "fifo", again, folder / "link", folder / "hard",
+             files / "prompts.jsonl", folder / "other.pt", folder / "half",
+             folder / "half/draft.pt", folder / "old"]
     return dict(zip(NAMES, map(str, paths), strict=True))
 
 
