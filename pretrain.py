@@ -190,14 +190,11 @@ def train_draft(args, texts, classes):
     held_out, K, rule = answers_to(texts, "eval", target, HELD_OUT, 1), args.chain, args.rule
     draft, before = load_draft(args.init, target) if args.init else (Draft(target), {})
 
-    @torch.compile(dynamic=False)
-    def loss_fn(text, starts):
-        logits = chains(target, draft, text, starts, K)
-        return rl.policy_gradient_loss(*logits, TEMPERATURE, args.objective, "target", rule)
-
     def batch_loss(step, progress):
         text, starts = draft_batch(step, target, streams, answers, K)
-        return loss_fn(text, starts), text["ids"].numel()
+        logits = chains(target, draft, text, starts, K)
+        loss = rl.policy_gradient_loss(*logits, TEMPERATURE, args.objective, "target", rule)
+        return loss, text["ids"].numel()
 
     def evaluate():
         out = {}
@@ -270,6 +267,7 @@ def arguments():
 
 def main():
     args, texts = arguments(), corpus()
+    torch.set_flush_denormal(True)  # numbers under 1e-38 take a processor far longer
     print_corpus(texts)
     if args.target:
         train_target(args, texts)
