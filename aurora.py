@@ -35,11 +35,12 @@ from generation import Generation, Request, seconds_per_round
 from learner import Learner
 from memory import Memory
 from model import Head, UserError, by_columns
-from support import options, report
+from support import explain, options, report
 from support.background import ENDINGS, Background, deaf, unheard
 from support.build import kernel
 from support.corpus import prompts_of
 from support.draft_length import HEAD, DraftLength, FixedLength
+from support.lineage import Lineage
 from support.store import Store
 from verify import NoDistribution
 
@@ -148,8 +149,9 @@ def make_arm(target, draft, args, costs=None):
     return Arm(draft, length, memory, shared, args.rule), costs
 
 
-def make_learner(draft, state, target, args):
-    """A Background that learns on this draft, as an earlier run left it if there was one."""
+def make_learner(draft, state, target, args, first=0):
+    """A Background that learns on this draft, as an earlier run left it if there was one.
+    first: no version of its may have a lower number."""
     amx = args.device == "cpu" and torch.cpu._is_amx_tile_supported()
     learner = Learner(draft, Head(target), args.estimator, args.rule, args.lr, args.learn_every,
                       fresh=args.draft == "scratch", gate=not args.no_gate, seed=args.seed,
@@ -160,11 +162,17 @@ def make_learner(draft, state, target, args):
     except Exception as error:  # whatever another version's state runs into
         what = f"its learner.pt is another version's ({type(error).__name__})"
         raise UserError(f"{args.draft}: {what}") from None
+    learner.first = first
     return Background(learner, process=args.device == "cpu")
 
 
 def main(argv=None):
     args = options.arguments(argv)
+    if args.explain:
+        return explain.tell(args.explain, args.version)
+    if args.rollback:
+        with Store(args.rollback[0], new=False) as store:
+            return report.say(store.roll_back(int(args.rollback[1])))
     options.check_device(args.device)
     torch.manual_seed(args.seed)  # a fresh draft's weights
     target, tokenizer = find_target(args.target, args.dtype)
@@ -190,7 +198,7 @@ def main(argv=None):
             return report.stream(arm.decode(target, requests), tokenizer)
         learner, others = None, {"plain": Arm()}
         if draft and not args.no_learn:
-            learner = make_learner(draft, state, target, args)
+            learner = make_learner(draft, state, target, args, store.first if store else 0)
             served.load_state_dict(learner.learner.serves.state_dict())
         arm.version = state["version"] if state else 0
         if args.compare:
@@ -202,9 +210,13 @@ def main(argv=None):
 def run(target, arm, learner, state, requests, others, args, store):
     """Serves, and whatever happens then keeps first what was learned, then tells what there is."""
     journal, trouble = report.Journal(args, len(requests)), []
+    known = arm.version if state else None
+    lineage = Lineage(args.save, args, arm.draft, known) if store else None
     try:
         for served in aurora(target, arm, learner, requests):
             journal.record("online", served)
+            if lineage:
+                lineage.serve(served, journal.speeds(), None)
             if args.compare or journal.plain_is_due():
                 for name, other in others.items():
                     journal.record(name, other.serve(target, served.request))
@@ -216,13 +228,19 @@ def run(target, arm, learner, state, requests, others, args, store):
     def learned():
         nonlocal state
         try:
-            arm.publish(learner.result())
+            outcome = learner.result()
+            arm.publish(outcome)
+            if lineage:
+                lineage.learn(outcome, journal.speeds(), None)
         finally:
             state = learner.close()
 
+    def keep():
+        number = store.write(arm.version, arm.draft, state)
+        lineage.keep(number, arm.draft)
+
     steps = [learned] if learner else []
-    if store:
-        steps.append(lambda: store.write(arm.version, arm.draft, state))
+    steps += [keep] if store else []
     if args.export:
         steps.append(lambda: report.export(arm.draft, target, args))
     with deaf():  # Ctrl-C comes too late

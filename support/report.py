@@ -119,16 +119,20 @@ class Journal:
             print(json.dumps(line), file=self.log, flush=True)
         if name == "online":
             recent = summary([x for x in self.lines if x["arm"] == name][-8:])
+            speeds = self.speeds()
+            now, plain = speeds["tokens_per_second"], speeds["plain_tokens_per_second"]
+            beside = f", {now / plain:.2f} of plain" if plain else ""
             self.bar.set_postfix_str(
                 f"{shown(line['class'])}: {recent['tokens_per_round']:.2f} tokens a round, "
-                f"{recent['tokens_per_second']:.0f} tokens/s{self.beside_plain(recent, line)}")
+                f"{now:.0f} tokens/s{beside}")
             self.bar.update()
 
-    def beside_plain(self, recent, line):
-        plain = [x for x in self.lines if x["arm"] == "plain" and x["class"] == line["class"]]
-        if not plain:
-            return ""
-        return f", {recent['tokens_per_second'] / summary(plain)['tokens_per_second']:.2f} of plain"
+    def speeds(self):
+        """Of the last 8 requests, and of plain decoding of the class at hand, None if none was."""
+        recent = [x for x in self.lines if x["arm"] == "online"][-8:]
+        plain = self.of(recent[-1]["class"], "plain") if recent else []
+        return {"tokens_per_second": summary(recent)["tokens_per_second"],
+                "plain_tokens_per_second": summary(plain)["tokens_per_second"] if plain else None}
 
     def plain_is_due(self):
         """A few plain requests stand beside the others throughout, so that the ratio is fair."""

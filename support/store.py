@@ -1,7 +1,8 @@
 """Files: checkpoints of this project, and the versions that --save keeps of a learning draft.
 
 A checkpoint is one file, {"config", "weights", "record"}, read without pickle.  A --save directory
-holds v000012/draft.pt, the learner's state beside it, and `latest`, which names a whole version.
+holds v000012/draft.pt, the learner's state beside it, and `latest`, which names a whole version;
+lineage.jsonl tells where each came from.  All of it is for the owner's eyes alone.
 """
 
 import fcntl
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from model import Config, Transformer, UserError
+from support import lineage
 
 
 def write(path, content):
@@ -90,20 +92,25 @@ def load_target(path):
 class Store:
     """A --save directory, held by one process at a time.
 
-    `latest` changes last, so what it names is whole.  Numbers go on from the highest there is: to
-    go on from an older version overwrites none."""
+    `latest` changes last, so what it names is whole.  Numbers go on from the highest that was ever
+    given: to go on from an older version overwrites none."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, new=True):
+        """new: it may be one that is not there yet."""
         self.directory = Path(directory)
+        if not new and not self.directory.is_dir():
+            raise UserError(f"no directory {directory}: expected one of --save")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.directory / ".lock", "w")
+            self.lock = open(self.directory / ".lock", "w", opener=lineage.private)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is saving into {directory}") from None
         except OSError as error:
             raise UserError(f"cannot save in {directory}: {error.strerror}") from None
-        self.first = 1 + max(map(number_of, self.directory.glob("v*")), default=-1)
+        given = [number_of(path) for path in self.directory.glob("v*")]
+        given += [line["version"] for line in lineage.read(self.directory) if line["version"]]
+        self.first = 1 + max(given, default=-1)
 
     def __enter__(self):
         return self
@@ -112,13 +119,35 @@ class Store:
         self.lock.close()
 
     def write(self, version, draft, state):
-        """state: the learner's, None if there is none."""
-        name = f"v{max(version, self.first):06d}"
+        """state: the learner's, None if there is none.  -> the number that it was kept under."""
+        return self.keep(max(version, self.first), draft.config, draft.state_dict(),
+                         {"version": version}, state)
+
+    def keep(self, number, config, weights, record, state):
+        name = f"v{number:06d}"
         if state is not None:
             write(self.directory / name / "learner.pt", state)
-        path = self.directory / name / "draft.pt"
-        save(path, draft.config, draft.state_dict(), {"version": version})
+        save(self.directory / name / "draft.pt", config, weights, record)
         write(self.directory / "latest", name + "\n")
+        return number
+
+    def roll_back(self, number):
+        """A version that was kept is the latest again, under a new number; nothing is lost."""
+        folder = self.directory / f"v{number:06d}"
+        if not (folder / "draft.pt").is_file():
+            kept = sorted(number_of(path.parent) for path in self.directory.glob("v*/draft.pt"))
+            raise UserError(f"{self.directory} keeps no version {number}: expected one of "
+                            f"{', '.join(map(str, kept)) or 'none'}")
+        path, state = load_version(folder)
+        config, weights, record = load(path)
+        if state is not None:
+            state["version"] = self.first
+        latest = self.directory / "latest"
+        before = number_of(Path(latest.read_text().strip())) if latest.is_file() else None
+        self.keep(self.first, config, weights, record | {"version": self.first}, state)
+        lineage.append(self.directory, "rolled back", self.first, number, instead_of=before,
+                       sha256=lineage.hash_of_weights(weights))
+        return f"version {number} is the latest again, as version {self.first}"
 
 
 def number_of(path):
