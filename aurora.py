@@ -216,7 +216,7 @@ def run(target, arm, learner, state, requests, others, args, store):
         for served in aurora(target, arm, learner, requests):
             journal.record("online", served)
             if lineage:
-                lineage.serve(served, journal.speeds(), None)
+                lineage.serve(served, journal.speeds(), learner and learner.trouble)
             if args.compare or journal.plain_is_due():
                 for name, other in others.items():
                     journal.record(name, other.serve(target, served.request))
@@ -231,7 +231,7 @@ def run(target, arm, learner, state, requests, others, args, store):
             outcome = learner.result()
             arm.publish(outcome)
             if lineage:
-                lineage.learn(outcome, journal.speeds(), None)
+                lineage.learn(outcome, journal.speeds(), learner.trouble)
         finally:
             state = learner.close()
 

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 
 import torch
 from tqdm import tqdm
@@ -115,8 +116,7 @@ class Journal:
     def record(self, name, served):
         line = line_of(name, served)
         self.lines.append(line)
-        if self.log:
-            print(json.dumps(line), file=self.log, flush=True)
+        self.put(line)
         if name == "online":
             recent = summary([x for x in self.lines if x["arm"] == name][-8:])
             speeds = self.speeds()
@@ -126,6 +126,18 @@ class Journal:
                 f"{shown(line['class'])}: {recent['tokens_per_round']:.2f} tokens a round, "
                 f"{now:.0f} tokens/s{beside}")
             self.bar.update()
+
+    def put(self, line):
+        """Into --log.  On a full disk it ends there, and serving goes on."""
+        try:
+            if self.log:
+                print(json.dumps(line), file=self.log, flush=True)
+        except OSError as error:
+            with suppress(OSError):
+                self.log.close()
+            self.log = None
+            print(f"\naurora: the log ends here, serving goes on: cannot write {self.args.log}: "
+                  f"{error.strerror}", file=sys.stderr)
 
     def speeds(self):
         """Of the last 8 requests, and of plain decoding of the class at hand, None if none was."""

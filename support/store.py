@@ -68,10 +68,14 @@ def fill(model, weights, path, assign=False):
         if tensor.shape != own[name].shape:
             shapes = f"{tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
             raise UserError(f"{path}: {printable(name)} has shape {shapes}")
-        if tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):
+        if not finite(tensor):
             raise UserError(f"{path}: {printable(name)} holds NaN or infinity")
     model.load_state_dict(weights, assign=assign)
     return model
+
+
+def finite(tensor):
+    return not tensor.numel() or all(x.isfinite() for x in tensor.aminmax())
 
 
 def printable(name):
