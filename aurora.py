@@ -52,6 +52,7 @@ class Served:
     seconds: float
     version: int  # of the draft that served
     waited: float = 0.0  # beside that: the learner, remembering
+    remembered: float = 0.0  # seconds of that
     outcome: object = None  # what the learner made of the answer before
 
 
@@ -85,6 +86,13 @@ class Arm:
         generation = deque(self.decode(target, [request]), maxlen=1)[0]
         return Served(request, generation, time.perf_counter() - start, self.version)
 
+    def remember(self, served):
+        """What was said is in the shared memory for the requests to come."""
+        start = time.perf_counter()
+        if self.shared:
+            self.shared.remember(served.generation.text[0])
+        served.remembered = time.perf_counter() - start
+
     def publish(self, outcome):
         """What was learned serves, if the gate lets it."""
         if outcome and outcome.weights:
@@ -105,8 +113,7 @@ def aurora(target, arm, learner, requests):
             served.outcome = learner.result()  # update, gate
             arm.publish(served.outcome)  # publish
             trace = served.generation.trace()  # trace
-        if arm.shared:
-            arm.shared.remember(served.generation.text[0])
+        arm.remember(served)
         served.waited = time.perf_counter() - start - served.seconds
         yield served
     if trace:
@@ -209,14 +216,15 @@ def main(argv=None):
 
 def run(target, arm, learner, state, requests, others, args, store):
     """Serves, and whatever happens then keeps first what was learned, then tells what there is."""
-    journal, trouble = report.Journal(args, len(requests)), []
+    journal, trouble = report.Journal(args, len(requests), arm.shared), []
     known = arm.version if state else None
     lineage = Lineage(args.save, args, arm.draft, known) if store else None
     try:
         for served in aurora(target, arm, learner, requests):
-            journal.record("online", served)
-            if lineage:
-                lineage.serve(served, journal.speeds(), learner and learner.trouble)
+            with journal.writing():
+                journal.record("online", served)
+                if lineage:
+                    lineage.serve(served, journal.speeds(), learner and learner.trouble)
             if args.compare or journal.plain_is_due():
                 for name, other in others.items():
                     journal.record(name, other.serve(target, served.request))
@@ -236,8 +244,10 @@ def run(target, arm, learner, state, requests, others, args, store):
             state = learner.close()
 
     def keep():
-        number = store.write(arm.version, arm.draft, state)
-        lineage.keep(number, arm.draft)
+        with journal.writing():
+            number = store.write(arm.version, arm.draft, state)
+        journal.written += store.written + lineage.written
+        lineage.keep(number, arm.draft, journal.costs())
 
     steps = [learned] if learner else []
     steps += [keep] if store else []

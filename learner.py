@@ -45,6 +45,7 @@ class Outcome:
     serves: str = "began"  # or "learned"
     seconds: float = 0.0
     judging: float = 0.0  # seconds of them
+    held: float = 0.0  # megabytes at most, by the learner's process; 0: it is this one
 
 
 class Learner:

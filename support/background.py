@@ -19,6 +19,7 @@ from multiprocessing import connection, get_context, parent_process
 import torch
 
 from model import UserError
+from support.costs import megabytes_held
 from support.store import finite
 
 ENDINGS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # what asks a program to end
@@ -148,7 +149,9 @@ def end_with_parent():
 
 
 def update_there(trace):
-    return packed(learner_here.update(unpacked(trace)))
+    outcome = learner_here.update(unpacked(trace))
+    outcome.held = megabytes_held()
+    return packed(outcome)
 
 
 def state_there():

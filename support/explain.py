@@ -11,7 +11,7 @@ import time
 from statistics import fmean, variance
 
 from model import UserError
-from support import lineage
+from support import costs, lineage
 from support.report import say, shown
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -35,6 +35,9 @@ def tell(directory, version=None):
         say(row)
     for row in curves(lines):
         say(row)
+    ran = [line["costs"] for line in lines if "costs" in line]
+    if ran:
+        say("\nof the last run:\n" + costs.rows(ran[-1]))
 
 
 def table(lines):

@@ -46,14 +46,14 @@ def hash_of_ids(ids):
 
 
 def append(directory, event, version, parent, **more):
-    """One line, on its way to the disk when this returns.  OSError if it cannot be."""
+    """One line, on its way to the disk when this returns -> its bytes.  OSError if it cannot be."""
     line = {"event": event, "version": version, "parent": parent, "time": time.time()} | more
     with open(Path(directory, NAME), "ab+", opener=private) as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read() != b"\n":  # the line before was cut short
                 file.write(b"\n")
-        file.write(json.dumps(line).encode() + b"\n")
+        return file.write(json.dumps(line).encode() + b"\n")
 
 
 def read(directory):
@@ -77,6 +77,7 @@ class Lineage:
         self.rule, self.estimator = args.rule, args.estimator
         self.number, self.request = -1, None  # the last one that was served
         self.broken = self.stopped = False
+        self.written = 0  # bytes
         self.clear()
         weights = hash_of_weights(draft.state_dict())
         self.write("began", version, draft=args.draft, sha256=weights)
@@ -123,17 +124,17 @@ class Lineage:
         self.clear()
         return told
 
-    def keep(self, number, draft):
+    def keep(self, number, draft, costs):
         """The run is over, and what served last is on the disk."""
         parent, self.version = self.version, number
         weights = hash_of_weights(draft.state_dict())
-        self.write("kept", parent, sha256=weights, **self.told())
+        self.write("kept", parent, sha256=weights, **self.told(), costs=costs)
 
     def write(self, event, parent, **more):
         if self.broken:
             return
         try:
-            append(self.directory, event, self.version, parent, **more)
+            self.written += append(self.directory, event, self.version, parent, **more)
         except OSError as error:
             self.broken = True
             print(f"\naurora: the lineage ends here, serving goes on: cannot write "

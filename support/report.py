@@ -9,12 +9,13 @@ import json
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
 from tqdm import tqdm
 
 from model import UserError
+from support import costs
 from support.build import kernel
 from support.draft_length import HEAD, PLAIN, REQUEST, SHARED
 from support.store import write
@@ -76,9 +77,11 @@ def line_of(name, served):
             s: sum(x.committed for x in rounds if x.source == s) for s in SOURCES
         },
         "serve_seconds": served.seconds, "wait_seconds": served.waited,
+        "remember_seconds": served.remembered,
         "learned_before": None if outcome is None else {
             "expected_length": outcome.expected_length, "loss": outcome.loss,
             "dropped": outcome.dropped, "version": outcome.version, "seconds": outcome.seconds,
+            "judging_seconds": outcome.judging,
         },
     }
 
@@ -108,14 +111,17 @@ def summary(lines):
 class Journal:
     """A line a request and arm: the bar and the log while it runs, the table at the end."""
 
-    def __init__(self, args, total):
-        self.args, self.lines = args, []
+    def __init__(self, args, total, memory):
+        self.args, self.lines, self.memory = args, [], memory
+        self.written, self.seconds_writing = 0, 0.0  # bytes; log, lineage and versions
+        self.held = 0.0  # megabytes, by the learner's process
         self.log = open(args.log, "w") if args.log else None
         self.bar = tqdm(total=total, unit="request", disable=None)
 
     def record(self, name, served):
         line = line_of(name, served)
         self.lines.append(line)
+        self.held = max(self.held, served.outcome.held if served.outcome else 0.0)
         self.put(line)
         if name == "online":
             recent = summary([x for x in self.lines if x["arm"] == name][-8:])
@@ -131,13 +137,23 @@ class Journal:
         """Into --log.  On a full disk it ends there, and serving goes on."""
         try:
             if self.log:
-                print(json.dumps(line), file=self.log, flush=True)
+                self.written += self.log.write(json.dumps(line) + "\n")
+                self.log.flush()
         except OSError as error:
             with suppress(OSError):
                 self.log.close()
             self.log = None
             print(f"\naurora: the log ends here, serving goes on: cannot write {self.args.log}: "
                   f"{error.strerror}", file=sys.stderr)
+
+    @contextmanager
+    def writing(self):
+        start = time.perf_counter()
+        yield
+        self.seconds_writing += time.perf_counter() - start
+
+    def costs(self):
+        return costs.table(self.lines, self.memory, self.held, self.seconds_writing, self.written)
 
     def speeds(self):
         """Of the last 8 requests, and of plain decoding of the class at hand, None if none was."""
@@ -184,6 +200,8 @@ class Journal:
                                 f"{s['tokens_per_round']:.2f}",
                                 f"{s['mean_acceptance_length']:.2f}", said))
         say("\n" + self.sentence())
+        if self.args.report:
+            say("\n" + costs.rows(self.costs()))
 
     def sentence(self):
         """What it came to, in plain words: the last third of the requests."""
@@ -202,7 +220,7 @@ class Journal:
     def write_report(self):
         if self.args.report:
             config = vars(self.args) | {"torch": str(torch.__version__)}
-            content = {"config": config, "classes": self.table()}
+            content = {"config": config, "classes": self.table(), "costs": self.costs()}
             write(self.args.report, json.dumps(content, indent=1) + "\n")
 
 

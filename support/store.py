@@ -115,6 +115,7 @@ class Store:
         given = [number_of(path) for path in self.directory.glob("v*")]
         given += [line["version"] for line in lineage.read(self.directory) if line["version"]]
         self.first = 1 + max(given, default=-1)
+        self.written = 0  # bytes of versions
 
     def __enter__(self):
         return self
@@ -133,6 +134,7 @@ class Store:
             write(self.directory / name / "learner.pt", state)
         save(self.directory / name / "draft.pt", config, weights, record)
         write(self.directory / "latest", name + "\n")
+        self.written += sum(path.stat().st_size for path in (self.directory / name).iterdir())
         return number
 
     def roll_back(self, number):

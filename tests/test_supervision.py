@@ -207,3 +207,35 @@ def test_a_truncated_version_is_refused_by_name_and_an_older_one_serves(files, t
     aurora.main(["--rollback", str(tmp_path), first[1:]])
     aurora.main(flags(files, "few", "--draft", tmp_path, "--log", tmp_path / "l.jsonl"))
     assert len([x for x in lines_of(tmp_path / "l.jsonl") if x["arm"] == "online"]) == 4
+
+
+# ---- where the cost lands ------------------------------------------------------------------------
+
+
+def test_the_costs_are_those_of_the_lines_and_the_files(files, tmp_path, capsys):
+    """Serving, waiting and remembering are all the seconds that tokens a second counts; bytes are
+    those of the log and the version, and of a lineage that lacks its last line."""
+    kept, log = tmp_path / "kept", tmp_path / "l.jsonl"
+    aurora.main(flags(files, "few", "--no-gate", "--compare", "--save", kept, "--log", log,
+                      "--report", tmp_path / "r.json"))
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert list(report["costs"]) == ["online", "plain", "static"]
+    for arm, x in report["costs"].items():
+        seconds, told = x["seconds"], report["classes"]["prompts"][arm]
+        both = told["serve_seconds"] + told["wait_seconds"]
+        assert sum(seconds[part] for part in ("serving", "waiting", "remembering")) == (
+            pytest.approx(both))
+        assert x["seconds_per_thousand_tokens"]["serving"] == pytest.approx(
+            1000 * told["serve_seconds"] / x["tokens"])
+        assert (seconds["learning"] > seconds["judging"] > 0) == (arm == "online")
+        assert (seconds["writing"] > 0) == (arm == "online")
+    online = report["costs"]["online"]
+    written = [log, *kept.glob("v*/*"), kept / "lineage.jsonl"]
+    last = len((kept / "lineage.jsonl").read_bytes().splitlines(keepends=True)[-1])
+    total = sum(path.stat().st_size for path in written) - last
+    assert online["megabytes_written"] == pytest.approx(total / 1e6)
+    held = online["megabytes_held"]
+    assert held["serving"] > held["memory"] > 0 and held["learning"] > 0
+    assert "seconds per thousand tokens" in capsys.readouterr().out
+    aurora.main(["--explain", str(kept)])
+    assert "seconds per thousand tokens" in capsys.readouterr().out
