@@ -19,10 +19,12 @@ Letters: B batch rows, T tokens, K drafted tokens a round, R rounds, V vocabular
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall a small model
-
 import signal
-import sys
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall a small model
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while all this is imported
+
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -34,11 +36,13 @@ from generation import Generation, Request, seconds_per_round
 from learner import Learner
 from memory import Memory
 from model import Head, UserError, by_columns
-from support import options, report
-from support.background import ENDINGS, Background, deaf, unheard
+from support import explain, options, report
+from support.background import Background
 from support.build import kernel
+from support.command import command, complain, deaf
 from support.corpus import prompts_of
 from support.draft_length import HEAD, DraftLength, FixedLength
+from support.lineage import Lineage
 from support.store import Store
 from verify import NoDistribution
 
@@ -50,6 +54,7 @@ class Served:
     seconds: float
     version: int  # of the draft that served
     waited: float = 0.0  # more seconds: for the learner, and to remember
+    remembered: float = 0.0  # of these
     outcome: object = None  # what the learner made of the answer before
 
 
@@ -84,6 +89,13 @@ class Arm:
             pass
         return Served(request, generation, time.perf_counter() - start, self.version)
 
+    def remember(self, served):
+        """What was said is in the shared memory for the requests to come."""
+        start = time.perf_counter()
+        if self.shared:
+            self.shared.remember(served.generation.text[0])
+        served.remembered = time.perf_counter() - start
+
     def publish(self, outcome):
         """The weights that the learner wants to serve do so, if they are others."""
         if outcome and outcome.weights:
@@ -106,8 +118,7 @@ def aurora(target, arm, learner, requests):
             served.outcome = learner.result()  # update, gate
             arm.publish(served.outcome)
             trace = served.generation.trace()
-        if arm.shared:
-            arm.shared.remember(served.generation.text[0])
+        arm.remember(served)
         served.waited = time.perf_counter() - start - served.seconds
         yield served
     if trace:
@@ -150,8 +161,9 @@ def make_arm(target, draft, args, costs=None):
     return Arm(draft, length, memory, shared, args.rule), costs
 
 
-def make_learner(draft, state, target, args):
-    """A Background that learns on this draft, as an earlier run left it if there was one."""
+def make_learner(draft, state, target, args, first=0):
+    """A Background that learns on this draft, as an earlier run left it if there was one.
+    first: no version of its may have a lower number."""
     amx = args.device == "cpu" and torch.cpu._is_amx_tile_supported()
     learner = Learner(draft, Head(target), args.estimator, args.rule, args.lr, args.learn_every,
                       fresh=args.draft == "scratch", gate=not args.no_gate, seed=args.seed,
@@ -162,11 +174,17 @@ def make_learner(draft, state, target, args):
     except Exception as error:  # whatever another version's state runs into
         what = f"its learner.pt is another version's ({type(error).__name__})"
         raise UserError(f"{args.draft}: {what}") from None
+    learner.first = first
     return Background(learner, process=args.device == "cpu")
 
 
 def main(argv=None):
     args = options.arguments(argv)
+    if args.explain:
+        return explain.tell(args.explain, args.version)
+    if args.rollback:
+        with Store(args.rollback[0], new=False) as store:
+            return report.say(store.roll_back(int(args.rollback[1])))
     options.check_device(args.device)
     torch.manual_seed(args.seed)  # a fresh draft's weights
     target, tokenizer = find_target(args.target, args.dtype)
@@ -192,7 +210,7 @@ def main(argv=None):
             return report.stream(arm.decode(target, requests), tokenizer)
         learner, others = None, {"plain": Arm()}
         if draft and not args.no_learn:
-            learner = make_learner(draft, state, target, args)
+            learner = make_learner(draft, state, target, args, store.first if store else 0)
             served.load_state_dict(learner.learner.serves.state_dict())
         arm.version = state["version"] if state else 0
         if args.compare:
@@ -204,31 +222,44 @@ def main(argv=None):
 def run(target, arm, learner, state, requests, others, args, store):
     """Serves.  Then, even after an error or Ctrl-C, keeps what was learned, and only then reports;
     the first error is raised at the end."""
-    journal, trouble = report.Journal(args, len(requests)), []
+    journal, trouble = report.Journal(args, len(requests), arm.shared), []
+    known = arm.version if state else None
+    lineage = Lineage(args.save, args, arm.draft, known) if store else None
     try:
         for served in aurora(target, arm, learner, requests):
-            journal.record("online", served)
+            with journal.writing():
+                journal.record("online", served)
+                if lineage:
+                    lineage.serve(served, journal.speeds(), learner and learner.trouble)
             if args.compare or journal.plain_is_due():
                 for name, other in others.items():
                     journal.record(name, other.serve(target, served.request))
     except KeyboardInterrupt:
-        print("\ninterrupted: this is what was served until now", file=sys.stderr)
+        complain("\ninterrupted: this is what was served until now")
     except Exception as error:  # raised again below, when what was learned is safe
         trouble.append(error)
 
     def learned():
         nonlocal state
         try:
-            arm.publish(learner.result())
+            outcome = learner.result()
+            arm.publish(outcome)
+            if lineage:
+                lineage.learn(outcome, journal.speeds(), learner.trouble)
         finally:
             state = learner.close()
 
+    def keep():
+        with journal.writing():
+            number = store.write(arm.version, arm.draft, state)
+        journal.written += store.written + lineage.written
+        lineage.keep(number, arm.draft, journal.costs())
+
     steps = [learned] if learner else []
-    if store:
-        steps.append(lambda: store.write(arm.version, arm.draft, state))
+    steps += [keep] if store else []
     if args.export:
         steps.append(lambda: report.export(arm.draft, target, args))
-    with deaf():  # Ctrl-C comes too late
+    with deaf():  # a second Ctrl-C comes too late
         for step in [*steps, journal.close, journal.print, journal.write_report]:
             try:
                 step()
@@ -238,26 +269,5 @@ def run(target, arm, learner, state, requests, others, args, store):
         raise trouble[0]
 
 
-def stop(*_):
-    """The first signal ends the serving; from then on none is heard, so that all is kept."""
-    for name in ENDINGS:
-        signal.signal(name, unheard)
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    for name in ENDINGS:
-        signal.signal(name, stop)
-    try:
-        main()
-    except (UserError, NoDistribution) as error:
-        print(f"aurora: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (OSError, MemoryError) as error:  # a full disk, and the like
-        print(f"aurora: {error or 'out of memory'}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command(main, "aurora", errors=(NoDistribution,))

@@ -32,11 +32,20 @@ class Outcome:
     """What the learner made of one answer."""
 
     expected_length: float  # tokens a round on it, of the newest draft, before learning from it
+    began: float = 0.0  # the same of what learning began with
+    learned: float = 0.0  # and of what was learned by then
+    mean: float | None = None  # of learned - began, by the gate; None: it was not asked
+    z: float | None = None
     dropped: bool = False  # what was learned, by the gate
-    loss: float | None = None  # None: no step was due, or the learner pauses
+    steps: int = 0
+    loss: float | None = None  # of the first step; None: none was due, or the learner pauses
+    norm: float | None = None  # of the last step's gradient, before it was clipped
     version: int = 0
     weights: dict | None = None  # to serve from now on, if they are others
+    serves: str = "began"  # or "learned"
     seconds: float = 0.0
+    judging: float = 0.0  # seconds of them
+    held: float = 0.0  # megabytes at most, by the learner's process; 0: it is this one
 
 
 class Learner:
@@ -65,6 +74,7 @@ class Learner:
         self.optimizers = muon_and_adamw(draft, lr)
         self.recent, self.gate, self.gated = deque(maxlen=recent), Gate(), gate
         self.version, self.waiting = 0, 0  # tokens since the last step
+        self.first = 0  # no version has a lower number than this: those are given
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -77,23 +87,29 @@ class Learner:
         with self.replaying(trace.ids.device):
             learned = expected_length(self.average, trace, self.head, self.chain, self.rule)
             began = expected_length(self.began, trace, self.head, self.chain, self.rule)
-        outcome = Outcome(learned if served is self.average else began)
+        outcome = Outcome(learned if served is self.average else began, began, learned)
+        outcome.judging = time.perf_counter() - start
         if self.gate.paused:
             self.gate.paused -= 1
-        elif self.gated and self.gate.judge(learned - began):
-            outcome.dropped = True
-            self.go_back(self.began)
         else:
-            outcome.loss = self.learn(trace)  # None: too few tokens for a step
+            if self.gated:
+                outcome.dropped = self.gate.judge(learned - began)
+                outcome.mean, outcome.z = self.gate.mean, self.gate.z
+            if outcome.dropped:
+                self.go_back(self.began)
+            else:
+                self.learn(trace, outcome)
         self.recent.append(trace)
-        if self.serves is not served or self.serves is self.average and outcome.loss is not None:
-            self.version, outcome.weights = self.version + 1, self.serves.state_dict()
+        if self.serves is not served or self.serves is self.average and outcome.steps:
+            self.version = max(self.version + 1, self.first)
+            outcome.weights = self.serves.state_dict()
+        outcome.serves = "learned" if self.serves is self.average else "began"
         outcome.version, outcome.seconds = self.version, time.perf_counter() - start
         return outcome
 
-    def learn(self, trace):
-        """The steps that are due -> the loss of this trace, None if none is."""
-        first, tokens = None, len(trace.ids) - trace.prompt_length
+    def learn(self, trace, outcome):
+        """The steps that are due, none if there are too few tokens; outcome says how they went."""
+        tokens = len(trace.ids) - trace.prompt_length
         steps, self.waiting = divmod(self.waiting + tokens, self.every)
         for step in range(steps):
             order = torch.randperm(len(self.recent), generator=self.generator)
@@ -103,7 +119,7 @@ class Learner:
                 with self.replaying(example.ids.device):
                     loss = self.loss(example)
                 (loss / len(traces)).backward()
-                first = loss.item() if first is None else first
+                outcome.loss = loss.item() if outcome.loss is None else outcome.loss
             norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
             for optimizer in self.optimizers if norm.isfinite() else ():
                 optimizer.step()
@@ -115,12 +131,12 @@ class Learner:
                 self.go_back(self.average)
                 raise UserError("learning diverged: a gradient is not finite, or the weights have "
                                 "left the numbers; lower --lr")
+            outcome.steps, outcome.norm = step + 1, norm.item()
             self.averaged += 1
             weight = max(1 / self.horizon, 3 / (self.averaged + 2))
             with torch.no_grad():
                 for mean, p in zip(self.average.parameters(), self.draft.parameters()):
                     mean.lerp_(p, weight)
-        return first
 
     def loss(self, trace):
         places = torch.arange(len(trace.ids) - trace.prompt_length, device=trace.ids.device)

@@ -31,6 +31,10 @@ class Memory:
         self.latest = array("q", [-1]) * buckets
         self.mask = buckets - 1
 
+    @property
+    def bytes_held(self):
+        return sum(x.itemsize * len(x) for x in (self.tokens, self.before, self.latest))
+
     def extend(self, tokens):
         """The text goes on with these."""
         ring, before, latest, capacity, size = (

@@ -17,7 +17,6 @@ Letters: B batch rows, T tokens, R round starts a row, K drafted tokens, V vocab
 import argparse
 import copy
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,8 @@ from tqdm import tqdm
 
 import rl
 from draft import Draft, load_draft
-from model import Attention, Config, Transformer, UserError
+from model import Attention, Config, Transformer
+from support.command import command
 from support.corpus import BOS, CLASSES, as_bytes, corpus, print_corpus, record, sample, windows
 from support.sampling import inverse_cdf, probabilities
 from support.optimizers import fast_dtype
@@ -283,8 +283,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"pretrain: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main, "pretrain")

@@ -11,7 +11,6 @@ the arms did not all give the same answer: none in float32, but for ties.
 """
 
 import argparse
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from formats.huggingface import load_draft, load_target
 from formats.small_model import SmallModel
 from generation import Request
 from model import UserError, by_columns
+from support.command import command
 from support.draft_length import HEAD, REQUEST, FixedLength
 from support.options import read_prompts
 
@@ -168,8 +168,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"against_transformers: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main, "against_transformers")

@@ -12,7 +12,6 @@ differ in prompts and coins.  --json FILE keeps a line a request, for bench.pict
 import argparse
 import json
 import statistics
-import sys
 
 import torch
 from tqdm import tqdm
@@ -21,6 +20,7 @@ import aurora
 from formats.find import find_draft, find_target
 from model import UserError, by_columns
 from support import options
+from support.command import command
 from support.draft_length import FixedLength
 
 
@@ -148,8 +148,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"bench.arms: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main, "bench.arms")

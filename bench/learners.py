@@ -10,7 +10,6 @@ brackets.  `rounds`: it learns from the rounds as served too, kept and rejected 
 
 import argparse
 import statistics
-import sys
 
 import torch
 from tqdm import tqdm
@@ -19,8 +18,9 @@ import aurora
 from formats.find import find_draft, find_target
 from generation import Generation
 from learner import Learner, expected_length
-from model import Head, UserError, by_columns
+from model import Head, by_columns
 from support import options
+from support.command import command
 from support.corpus import prompts_of
 from support.draft_length import HEAD, Plan
 
@@ -106,8 +106,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"bench.learners: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main, "bench.learners")

@@ -6,11 +6,11 @@ requests, all seeds together, over their seconds, divided by the same of the pla
 
 import argparse
 import json
-import sys
 from html import escape
 
 from bench.arms import total
 from model import UserError
+from support.command import command
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 380, 46, 190, 34, 30  # pixels
 COLOURS = ("#8a8f98", "#2f6fb0", "#3aa0a0", "#c98a1b", "#c23b5a")
@@ -96,8 +96,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"bench.picture: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main, "bench.picture")

@@ -11,7 +11,6 @@ And no head's lm_head is the target's: see `apart`.
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from formats.huggingface import SIZES
 from formats.pruned import to_offsets
 from formats.small_model import SmallModel, is_small_model
 from model import Transformer, UserError
+from support.command import command
 from support.store import fill, load
 
 
@@ -137,8 +137,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"formats.export: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main, "formats.export")

@@ -1,6 +1,8 @@
 """The learner on another core: `submit` hands it an answer, `result` waits for what it made of it.
 
 On a CPU it is a process, as two threads of one interpreter hold each other up; on a GPU a thread.
+A learner that fails, hangs, dies or hands over what is no weights never ends the serving: it is
+said once, and serving goes on without it.
 """
 
 import importlib
@@ -9,60 +11,97 @@ import os
 import signal
 import threading
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import TimeoutError as TookTooLong
 from multiprocessing import connection, get_context, parent_process
 
 import torch
 
 from model import UserError
+from support.command import complain, deaf
+from support.costs import megabytes_held
+from support.store import finite
 
-ENDINGS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # what asks a program to end
-DIED = "the learner's process died; is there memory for it?  --no-learn serves without it"
+DIED = "the learner's process died; is there memory for it?"
+LIMIT = 120.0  # seconds that serving waits for one answer's learning
 
 
 class Background:
-    """learner: an object with update(trace) and state().  In a process it is a copy that learns."""
+    """learner: an object with update(trace) and state().  In a process it is a copy that learns.
 
-    def __init__(self, learner, process):
-        self.learner, self.process, self.pending = learner, process, None
+    trouble: why it learns no more, None as long as it does.  A process that hangs is killed; a
+    thread cannot be, so the program then ends only when it does."""
+
+    def __init__(self, learner, process, limit=LIMIT):
+        self.learner, self.process, self.limit = learner, process, limit
+        self.pending, self.trouble, self.lost = None, None, False
         if process:
             context, start = get_context("spawn"), (packed(learner), torch.get_num_threads())
-            self.core = ProcessPoolExecutor(1, context, initializer=begin, initargs=start)
-            with deaf(signal.SIG_IGN):  # for the process too, from its first moment
+            with deaf(signal.SIG_IGN):  # for the processes too, from their first moment
+                self.core = ProcessPoolExecutor(1, context, initializer=begin, initargs=start)
                 started = self.core.submit(os.getpid)
             try:
-                started.result()  # its start is nobody's waiting
+                self.pid = started.result()  # its start is nobody's waiting
             except BrokenExecutor:
-                raise UserError(DIED) from None
+                raise UserError(f"{DIED}  --no-learn serves without it") from None
         else:
             self.core = ThreadPoolExecutor(1)
 
     def submit(self, trace):
+        if self.trouble:
+            return
         if self.process:
-            self.pending = self.core.submit(update_there, packed(trace))
+            self.pending = self.begin(update_there, packed(trace))
         else:
-            self.pending = self.core.submit(self.learner.update, trace)
+            self.pending = self.begin(self.learner.update, trace)
 
     def result(self):
-        """-> what the learner made of the answer that it was given last, None if there is none."""
+        """-> what the learner made of the answer that it was given last; None if there is none, or
+        if it failed."""
         pending, self.pending = self.pending, None
+        outcome = self.wait(pending)
+        if outcome and outcome.weights and not all(finite(w) for w in outcome.weights.values()):
+            return self.give_up("what it learned holds NaN or infinity")
+        return outcome
+
+    def close(self):
+        """-> the learner's state; None if it is lost."""
+        state = None
+        if not self.lost:
+            ask = state_there if self.process else self.learner.state
+            state = self.wait(self.begin(ask))
+        self.core.shutdown(wait=self.process or not self.lost)
+        return state
+
+    def begin(self, call, *given):
+        try:
+            return self.core.submit(call, *given)
+        except BrokenExecutor:
+            return self.give_up(DIED)
+
+    def wait(self, pending):
+        """-> what a call gave; None if it gave nothing."""
         if pending is None:
             return None
         try:
-            outcome = pending.result()
+            given = pending.result(self.limit)
+            return unpacked(given) if self.process else given
         except BrokenExecutor:
-            raise UserError(DIED) from None
-        return unpacked(outcome) if self.process else outcome
+            return self.give_up(DIED)
+        except TookTooLong:
+            if self.process:
+                os.kill(self.pid, signal.SIGKILL)
+            return self.give_up(f"an answer took it more than {self.limit:g} seconds")
+        except UserError as error:  # it has put itself in order
+            return self.give_up(str(error), lost=False)
+        except Exception as error:
+            return self.give_up(f"{type(error).__name__}: {error}")
 
-    def close(self):
-        """-> the learner's state; None if its process has died."""
-        with self.core:
-            if not self.process:
-                return self.learner.state()
-            try:
-                return unpacked(self.core.submit(state_there).result())
-            except BrokenExecutor:
-                return None
+    def give_up(self, trouble, lost=True):
+        """lost: nobody knows what state it is in."""
+        self.lost = self.lost or lost
+        if not self.trouble:
+            self.trouble = trouble
+            complain(f"\naurora: serving goes on without learning: {trouble}")
 
 
 def packed(x):
@@ -74,22 +113,6 @@ def packed(x):
 
 def unpacked(data):
     return torch.load(io.BytesIO(data), weights_only=False)
-
-
-def unheard(*_):
-    """Handles a signal by doing nothing.  (SIG_IGN makes Python complain of one on its way.)"""
-
-
-@contextmanager
-def deaf(handler=unheard):
-    """No signal that asks to end is heard inside; with SIG_IGN, nor ever by a process that starts
-    inside."""
-    before = [signal.signal(name, handler) for name in ENDINGS]
-    try:
-        yield
-    finally:
-        for name, handler in zip(ENDINGS, before):
-            signal.signal(name, handler)
 
 
 def begin(learner, threads):
@@ -108,7 +131,9 @@ def end_with_parent():
 
 
 def update_there(trace):
-    return packed(learner_here.update(unpacked(trace)))
+    outcome = learner_here.update(unpacked(trace))
+    outcome.held = megabytes_held()
+    return packed(outcome)
 
 
 def state_there():

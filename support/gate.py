@@ -18,7 +18,8 @@ PAUSE = 64  # answers
 
 class Gate:
     def __init__(self):
-        self.total = self.square = self.z = 0.0
+        self.total = self.square = 0.0
+        self.mean = self.z = 0.0  # tokens a round; standard errors
         self.answers, self.paused = 0, 0
 
     @property
@@ -31,8 +32,9 @@ class Gate:
         self.total = FORGET * self.total + difference
         self.square = FORGET**2 * self.square + difference**2
         self.z, self.answers = self.total / max(self.square, 1e-24) ** 0.5, self.answers + 1
+        self.mean = self.total * (1 - FORGET) / (1 - FORGET**self.answers)
         if self.answers < EARLIEST or self.z > BEHIND:
             return False
-        self.__init__()
-        self.paused = PAUSE
+        self.total = self.square = 0.0  # mean and z stay, as the reason
+        self.answers, self.paused = 0, PAUSE
         return True

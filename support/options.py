@@ -108,6 +108,10 @@ def arguments(argv=None):
     add("--log", metavar="FILE.jsonl", help="a line a request")
     add("--save", metavar="DIR", help="keep the learned draft and the learner's state")
     add("--export", metavar="DIR", help="write the learned draft as SGLang and vLLM read it")
+    add("--explain", metavar="DIR", help="of --save: what changed there, when and why; serves none")
+    add("--version", type=whole(0), metavar="N", help="of --explain: all about this one")
+    add("--rollback", nargs=2, metavar=("DIR", "N"),
+        help="of --save: its version N is the latest again, as a new one; serves none")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="cpu")
@@ -137,6 +141,10 @@ def check(args):
     if args.prompt is not None and (args.prompts or files or args.save or args.export):
         raise UserError("--prompt only answers: it goes with none of --prompts, --report, --log, "
                         "--save, --export")
+    if args.version is not None and not args.explain:
+        raise UserError("--version goes with --explain DIR")
+    if args.rollback and not args.rollback[1].isdecimal():
+        raise UserError(f"--rollback DIR N: expected a version's number, got {args.rollback[1]}")
     if args.draft == "none" and (args.save or args.export):
         raise UserError("--draft none has no weights: nothing to --save or --export")
     if args.draft_vocab and args.draft != "scratch":

@@ -9,11 +9,13 @@ import json
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager, suppress
 
 import torch
 from tqdm import tqdm
 
 from model import UserError
+from support import costs
 from support.build import kernel
 from support.draft_length import HEAD, PLAIN, REQUEST, SHARED
 from support.store import write
@@ -74,9 +76,11 @@ def line_of(name, served):
         "mean_acceptance_length": 1 + accepted / max(1, len(drafted)),
         "tokens_by_source": wrote | {PLAIN: len(generation.answer()) - sum(wrote.values())},
         "serve_seconds": served.seconds, "wait_seconds": served.waited,
+        "remember_seconds": served.remembered,
         "learned_before": None if outcome is None else {
             "expected_length": outcome.expected_length, "loss": outcome.loss,
             "dropped": outcome.dropped, "version": outcome.version, "seconds": outcome.seconds,
+            "judging_seconds": outcome.judging,
         },
     }
 
@@ -106,28 +110,56 @@ def summary(lines):
 class Journal:
     """A line a request and arm: the bar and the log while it runs, the table at the end."""
 
-    def __init__(self, args, total):
-        self.args, self.lines = args, []
+    def __init__(self, args, total, memory):
+        self.args, self.lines, self.memory = args, [], memory
+        self.written, self.seconds_writing = 0, 0.0  # bytes; log, lineage and versions
+        self.held = 0.0  # megabytes, by the learner's process
         self.log = open(args.log, "w") if args.log else None
         self.bar = tqdm(total=total, unit="request", disable=None)
 
     def record(self, name, served):
         line = line_of(name, served)
         self.lines.append(line)
-        if self.log:
-            print(json.dumps(line), file=self.log, flush=True)
+        self.held = max(self.held, served.outcome.held if served.outcome else 0.0)
+        self.put(line)
         if name == "online":
             recent = summary([x for x in self.lines if x["arm"] == name][-8:])
+            speeds = self.speeds()
+            now, plain = speeds["tokens_per_second"], speeds["plain_tokens_per_second"]
+            beside = f", {now / plain:.2f} of plain" if plain else ""
             self.bar.set_postfix_str(
                 f"{shown(line['class'])}: {recent['tokens_per_round']:.2f} tokens a round, "
-                f"{recent['tokens_per_second']:.0f} tokens/s{self.beside_plain(recent, line)}")
+                f"{now:.0f} tokens/s{beside}")
             self.bar.update()
 
-    def beside_plain(self, recent, line):
-        plain = [x for x in self.lines if x["arm"] == "plain" and x["class"] == line["class"]]
-        if not plain:
-            return ""
-        return f", {recent['tokens_per_second'] / summary(plain)['tokens_per_second']:.2f} of plain"
+    def put(self, line):
+        """Into --log.  On a full disk it ends there, and serving goes on."""
+        try:
+            if self.log:
+                self.written += self.log.write(json.dumps(line) + "\n")
+                self.log.flush()
+        except OSError as error:
+            with suppress(OSError):
+                self.log.close()
+            self.log = None
+            print(f"\naurora: the log ends here, serving goes on: cannot write {self.args.log}: "
+                  f"{error.strerror}", file=sys.stderr)
+
+    @contextmanager
+    def writing(self):
+        start = time.perf_counter()
+        yield
+        self.seconds_writing += time.perf_counter() - start
+
+    def costs(self):
+        return costs.table(self.lines, self.memory, self.held, self.seconds_writing, self.written)
+
+    def speeds(self):
+        """Of the last 8 requests, and of plain decoding of the class at hand, None if none was."""
+        recent = [x for x in self.lines if x["arm"] == "online"][-8:]
+        plain = self.of(recent[-1]["class"], "plain") if recent else []
+        return {"tokens_per_second": summary(recent)["tokens_per_second"],
+                "plain_tokens_per_second": summary(plain)["tokens_per_second"] if plain else None}
 
     def plain_is_due(self):
         """A few plain requests stand beside the others throughout, so that the ratio is fair."""
@@ -167,6 +199,8 @@ class Journal:
                                 f"{s['tokens_per_round']:.2f}",
                                 f"{s['mean_acceptance_length']:.2f}", said))
         say("\n" + self.sentence())
+        if self.args.report:
+            say("\n" + costs.rows(self.costs()))
 
     def sentence(self):
         """What it came to, in plain words: the last third of the requests."""
@@ -189,7 +223,7 @@ class Journal:
     def write_report(self):
         if self.args.report:
             config = vars(self.args) | {"torch": str(torch.__version__)}
-            content = {"config": config, "classes": self.table()}
+            content = {"config": config, "classes": self.table(), "costs": self.costs()}
             write(self.args.report, json.dumps(content, indent=1) + "\n")
 
 

@@ -136,7 +136,7 @@ def test_a_greedy_answer_is_the_targets_own_whoever_drafts(files, kept, capsys):
     def answer(*more):
         return said(capsys, files, "--temperature", 0, *more).out
 
-    plain = answer("--draft", "none", "--memory", "off")
+    plain = answer("--draft", "none", "--memory", "off", "--num-speculative-tokens", "auto")
     assert len(plain) >= 3 and answer("--rule", "token") == plain
     assert answer("--draft", kept / "draft", "--num-speculative-tokens", "auto") == plain
 
@@ -215,7 +215,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing_else(files, tmp_path):
     assert f"cannot write {tmp_path}/kept/" in done.stderr.splitlines()[-1]
     assert "online" in done.stdout and json.loads((tmp_path / "r.json").read_text())["classes"]
     left = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
-    assert [path.name for path in left] == [".lock"]
+    assert sorted(path.name for path in left) == [".lock", "lineage.jsonl"]
 
 
 class Breaks(io.StringIO):
@@ -340,18 +340,6 @@ def test_no_learner_outlives_its_master(files, tmp_path):
         (learner,) = run.learner()
         run.process.kill()
         wait_for(lambda: not alive(learner), 20)
-
-
-def test_a_learner_that_dies_is_one_line_and_what_serves_is_kept(files, tmp_path):
-    with Running(files, tmp_path) as run:
-        (learner,) = run.learner()
-        os.kill(learner, signal.SIGKILL)
-        out, err = run.process.communicate(timeout=30)
-        assert run.process.returncode == 2
-    assert "the learner's process died" in err.splitlines()[-1] and "Traceback" not in err
-    assert "online" in out
-    (version,) = versions(run.kept)
-    assert int(version[1:]) > 0 and not (run.kept / version / "learner.pt").exists()
 
 
 # ---- what it refuses -----------------------------------------------------------------------------
