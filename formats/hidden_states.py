@@ -33,9 +33,9 @@ def read_trace(path, target, law, context):
     read.  Of the target only the norm and the head are used.  Raises UserError with the reason why
     the file cannot be learned from."""
     ids, states = read_tensors(path)
-    T, D, V = len(ids), target.config.hidden_size, target.config.vocab_size
     if ids.dtype != torch.int64 or ids.ndim != 1:
         raise UserError(f"token_ids are {ids.dtype} {tuple(ids.shape)}, expected int64 (T,)")
+    T, D, V = len(ids), target.config.hidden_size, target.config.vocab_size
     if states.shape != (T, 4, D) or not states.is_floating_point():
         layers = [*target.feature_layers, target.config.num_hidden_layers]
         raise UserError(f"hidden_states are {states.dtype} {tuple(states.shape)}, expected floats "
@@ -49,10 +49,10 @@ def read_trace(path, target, law, context):
         raise UserError(f"its {T} tokens are more than the draft's context of {context}")
     if not 0 <= ids.min() <= ids.max() < V:
         raise UserError(f"its tokens are not all in 0..{V - 1}")
-    if not states.abs().max() < LARGEST:  # NaN is not less
-        raise UserError("hidden_states hold NaN, infinity or numbers beyond any model's")
     weight, N = target.lm_head.weight, T - P
     ids, states = ids.to(weight.device), states.to(weight)
+    if not states.abs().max() < LARGEST:  # NaN is not less
+        raise UserError("hidden_states hold NaN, infinity or numbers beyond any model's")
     with torch.no_grad():
         hidden = target.model.norm(states[P - 1 : -1, 3])  # (N, D)
     check_target(hidden, ids[P:], target)

@@ -99,6 +99,7 @@ WRONG = [  # what is said, and what becomes of token_ids and hidden_states
     ("holds no token_ids", lambda ids, states: {"weight": states}),
     ("expected int64", lambda ids, states: (ids.float(), states)),
     ("expected int64", lambda ids, states: (ids[:, None], states)),
+    ("expected int64", lambda ids, states: (ids[0].clone(), states)),
     (r"of layers \[2, 4, 5, 8\]", lambda ids, states: (ids, states[:, :3].contiguous())),
     ("expected floats", lambda ids, states: (ids, states[..., :16].contiguous())),
     ("expected floats", lambda ids, states: (ids[:-1], states)),
