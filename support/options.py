@@ -80,7 +80,7 @@ def arguments(argv=None):
 
     add = parser.add_argument_group("traffic").add_argument
     add("--traffic", default=",".join(CLASSES), help="classes, one after the other")
-    add("--requests", type=whole(1), default=12, help="of each class that --traffic names")
+    add("--requests", type=whole(1), default=8, help="of each class that --traffic names")
     add("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with prompt and class")
     add("--prompt", metavar="TEXT", help="answer this one, streaming")
     add("--max-new-tokens", type=whole(1), default=96)

@@ -66,7 +66,7 @@ def test_the_benchmark_names_what_is_wrong_before_it_loads_anything(tmp_path):
     (tmp_path / "empty").write_text("\n")
     for flags, message in (
         (["--prompts", f"{tmp_path}/none"], "cannot read .*none"),
-        (["--prompts", f"{tmp_path}/empty"], "empty prompt, or none"),
+        (["--prompts", f"{tmp_path}/empty"], "that is empty or no text, or none"),
         (["--turns", "0"], "--turns must be at least 1"),
         (["--num-speculative-tokens", "-1"], "--num-speculative-tokens must be"),
     ):
