@@ -35,7 +35,7 @@ from formats.find import find_draft, find_target
 from generation import Generation, Request, seconds_per_round
 from learner import Learner
 from memory import Memory
-from model import Head, UserError, by_columns
+from model import TargetHead, UserError, by_columns
 from support import explain, options, report
 from support.background import Background
 from support.build import kernel
@@ -165,8 +165,9 @@ def make_learner(draft, state, target, args, first=0):
     """A Background that learns on this draft, as an earlier run left it if there was one.
     first: no version of its may have a lower number."""
     amx = args.device == "cpu" and torch.cpu._is_amx_tile_supported()
-    learner = Learner(draft, Head(target), args.estimator, args.rule, args.lr, args.learn_every,
-                      fresh=args.draft == "scratch", gate=not args.no_gate, seed=args.seed,
+    learner = Learner(draft, TargetHead(target), args.estimator, args.rule, args.lr,
+                      args.learn_every, fresh=args.draft == "scratch", gate=not args.no_gate,
+                      seed=args.seed,
                       precision=torch.bfloat16 if amx else torch.float32)
     try:
         if state:

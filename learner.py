@@ -17,14 +17,14 @@ from support.trace import give_back, of_answer, of_rounds
 
 
 @torch.no_grad()
-def expected_length(draft, trace, head, K, rule, most=48):
-    """Tokens a round to expect of a draft in chains of K, had they started all over this answer."""
+def expected_length(draft, trace, target_head, K, rule, most=48):
+    """Tokens a round to expect of a draft in chains of K, started at places all over this answer."""
     answer = len(trace.ids) - trace.prompt_length
     places = torch.arange(0, answer, -(-answer // most), device=trace.ids.device)
-    logits, target_logits, tokens = of_answer(trace, draft, head, K, places)
+    logits, target_logits, tokens = of_answer(trace, draft, target_head, K, places)
     logits = trace.sampling().filter(logits)  # as it would serve
-    places = acceptance(logits, target_logits, tokens, trace.temperature, rule)
-    return 1 + places.cumprod(0).sum().item()
+    kept = acceptance(logits, target_logits, tokens, trace.temperature, rule)
+    return 1 + kept.cumprod(0).sum().item()
 
 
 @dataclass
@@ -63,10 +63,11 @@ class Learner:
     fresh: the draft begins with random weights, so at first its average spans the last third of the
     steps, with weight 3 / (n + 2) for step n."""
 
-    def __init__(self, draft, head, estimator="log", rule="block", lr=0.02, every=96, chain=5,
-                 learn_from="target", fresh=False, gate=True, places=96, batch=3, recent=32,
+    def __init__(self, draft, target_head, estimator="log", rule="block", lr=0.02, every=96,
+                 chain=5, learn_from="target", fresh=False, gate=True, places=96, batch=3, recent=32,
                  horizon=60, precision=torch.float32, seed=0):
-        self.draft, self.head, self.estimator, self.rule = draft, head, estimator, rule
+        self.draft, self.target_head = draft, target_head
+        self.estimator, self.rule = estimator, rule
         self.every, self.chain, self.learn_from, self.places = every, chain, learn_from, places
         self.batch, self.horizon, self.precision = batch, horizon, precision
         self.average, self.began = draft.clone(), draft.clone()
@@ -85,8 +86,8 @@ class Learner:
         """One more answer -> Outcome.  Raises UserError if learning diverges; what serves stays."""
         start, served = time.perf_counter(), self.serves
         with self.replaying(trace.ids.device):
-            learned = expected_length(self.average, trace, self.head, self.chain, self.rule)
-            began = expected_length(self.began, trace, self.head, self.chain, self.rule)
+            learned = expected_length(self.average, trace, self.target_head, self.chain, self.rule)
+            began = expected_length(self.began, trace, self.target_head, self.chain, self.rule)
         outcome = Outcome(learned if served is self.average else began, began, learned)
         outcome.judging = time.perf_counter() - start
         if self.gate.paused:
@@ -139,11 +140,12 @@ class Learner:
                     mean.lerp_(p, weight)
 
     def loss(self, trace):
+        here = trace, self.draft, self.target_head
         places = torch.arange(len(trace.ids) - trace.prompt_length, device=trace.ids.device)
-        sides = [("target", of_answer(trace, self.draft, self.head, self.chain, self.some(places)))]
+        sides = [("target", of_answer(*here, self.chain, self.some(places)))]
         if self.learn_from == "both" and trace.drafted().any():
             rounds = self.some(trace.drafted().nonzero()[:, 0])
-            sides.append((trace.behaviour[rounds], of_rounds(trace, self.draft, self.head, rounds)))
+            sides.append((trace.behaviour[rounds], of_rounds(*here, rounds)))
         total, count = 0.0, 0
         for behaviour, (logits, target_logits, tokens) in sides:
             logits = give_back(logits, target_logits, trace)

@@ -225,7 +225,7 @@ class Transformer(nn.Module):
         return Cache(self.config, batch, length, weight.device, weight.dtype)
 
 
-class Head(nn.Module):
+class TargetHead(nn.Module):
     """The target's frozen head alone: what a learner needs of it."""
 
     def __init__(self, target):

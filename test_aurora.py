@@ -14,7 +14,7 @@ from aurora import Arm, aurora
 from draft import Draft
 from learner import Learner, expected_length
 from memory import Memory
-from model import Head
+from model import TargetHead
 from rl import policy_gradient_loss
 from support.background import Background
 from support.draft_length import HEAD, REQUEST, SHARED, FixedLength, Plan
@@ -299,7 +299,7 @@ def test_replay_is_what_served(pruned):
     for b in range(3):
         trace = run.trace(b)
         rounds = trace.drafted().nonzero()[:, 0]
-        logits, target_logits, tokens = of_rounds(trace, draft, Head(target), rounds)
+        logits, target_logits, tokens = of_rounds(trace, draft, TargetHead(target), rounds)
         log_q = (logits / trace.temperature).log_softmax(-1)
         log_q = log_q.gather(-1, tokens.clamp(min=0)[..., None]).squeeze(-1)
         real = tokens >= 0
@@ -423,7 +423,7 @@ def test_serving_teaches_the_draft(learn_from, temperature, precision):
     """20 requests, then 8 held-out answers: the accepted tokens to expect have grown by 30 %."""
     target = teachable()
     torch.manual_seed(0)
-    draft, head_of_target, held = Draft(target), Head(target), []
+    draft, head_of_target, held = Draft(target), TargetHead(target), []
     for i in range(8):
         r = request(seed=1000 + i, new=48, temperature=temperature)
         held.append(play(target, None, [r], FixedLength(0))[0].trace())
@@ -450,7 +450,7 @@ def test_what_was_learned_serves_from_the_next_request_on():
     target = teachable()
     torch.manual_seed(0)
     draft = Draft(target)
-    learner = Background(Learner(draft, Head(target), every=24, gate=False), process=False)
+    learner = Background(Learner(draft, TargetHead(target), every=24, gate=False), process=False)
     arm = Arm(draft.clone(), FixedLength(3))
     seen, before = [], arm.draft.fc.weight.clone()
     for served in aurora(target, arm, learner, [request(seed=i, new=24) for i in range(4)]):
@@ -475,10 +475,10 @@ def test_the_background_changes_nothing(process):
     for seed in range(4):
         r = request(seed=seed, new=24)
         traces.append(play(target, draft, [r], FixedLength(3))[0].trace())
-    here = Learner(draft.clone(), Head(target), every=24, fresh=True)
+    here = Learner(draft.clone(), TargetHead(target), every=24, fresh=True)
     outcomes = [here.update(trace) for trace in traces]
     assert all(outcome.loss for outcome in outcomes)
-    there = Background(Learner(draft.clone(), Head(target), every=24, fresh=True), process)
+    there = Background(Learner(draft.clone(), TargetHead(target), every=24, fresh=True), process)
     assert there.result() is None
     for trace, wanted in zip(traces, outcomes):
         there.submit(trace)

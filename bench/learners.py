@@ -18,7 +18,7 @@ import aurora
 from formats.find import find_draft, find_target
 from generation import Generation
 from learner import Learner, expected_length
-from model import Head, by_columns
+from model import TargetHead, by_columns
 from support import options
 from support.command import command
 from support.corpus import prompts_of
@@ -61,7 +61,7 @@ def mean_length(draft, traces, head, rule):
 def learned(target, draft, args, requests, traces, arm, bar):
     """-> the draft that the arm makes of these answers."""
     estimator, rule, learn_from = ARMS[arm]
-    learner = Learner(draft.clone(), Head(target), estimator, rule, args.lr, args.learn_every,
+    learner = Learner(draft.clone(), TargetHead(target), estimator, rule, args.lr, args.learn_every,
                       CHAIN, learn_from, fresh=args.draft == "scratch", gate=False, seed=args.seed)
     for request, trace in zip(requests, traces):
         if learn_from == "both":
@@ -81,7 +81,7 @@ def main():
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     by_columns(target.eval())
-    head, found = Head(target), {}
+    head, found = TargetHead(target), {}
     for seed in ours.seeds:
         args.seed = seed
         torch.manual_seed(seed)

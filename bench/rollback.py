@@ -25,7 +25,7 @@ import aurora
 from formats.find import find_draft, find_target
 from generation import Generation
 from learner import expected_length
-from model import Head
+from model import TargetHead
 from support import options
 from support.draft_length import FixedLength
 from support.gate import Gate
@@ -94,7 +94,7 @@ def lengths(draft, traces, head):
 def real(args, answers, streams):
     target, tokenizer = find_target(args.target, args.dtype)
     args.requests = answers
-    draft, head, traces = find_draft(args.draft, target)[0], Head(target.eval()), []
+    draft, head, traces = find_draft(args.draft, target)[0], TargetHead(target.eval()), []
     for request in aurora.make_requests(args, tokenizer, target.config.max_position_embeddings):
         generation = Generation(target, None, [request])
         while not generation.done:

@@ -26,7 +26,7 @@ from formats.export import export_draft
 from formats.find import find_draft, find_target
 from formats.hidden_states import new_files, read_trace, remove
 from learner import Learner
-from model import Head, UserError
+from model import TargetHead, UserError
 from support import options
 from support.command import ENDINGS, command
 from support.store import Store, number_of, printable, write
@@ -193,7 +193,7 @@ def main(argv=None, heard=()):
     target, draft = target.to(args.device).eval(), draft.to(args.device)
     fresh, amx = args.draft == "scratch", torch.cpu._is_amx_tile_supported()
     learner = Learner(
-        draft, Head(target), lr=args.lr or (0.03 if fresh else 0.015),
+        draft, TargetHead(target), lr=args.lr or (0.03 if fresh else 0.015),
         every=args.learn_every or (96 if fresh else 256), chain=args.num_speculative_tokens,
         fresh=fresh, seed=args.seed,
         precision=torch.bfloat16 if amx and args.device == "cpu" else torch.float32)

@@ -46,23 +46,23 @@ class Trace:
         return Sampling([(self.temperature, self.top_p, self.top_k)], self.ids.device)
 
 
-def of_rounds(trace, draft, head, rounds):
+def of_rounds(trace, draft, target_head, rounds):
     """The rounds (R,) as they were served -> the draft's logits (R, K, V), replayed with gradient
     and not cut; the target's, as it served; the drafted tokens (R, K).  All in the draft's
-    vocabulary.  head: the target's, (.., D) -> logits (.., V)."""
+    vocabulary.  target_head: the target's, (.., D) -> logits (.., V)."""
     tokens = trace.draft_tokens[rounds]
     starts, fed = trace.starts[rounds], tokens[:, :-1].clamp(min=0)
     hidden = trace.hidden[rounds, : tokens.shape[1]]
     logits = draft.replay(trace.features[None], trace.ids[None], starts[None], fed[None])
-    target_logits, tokens = target_side(trace, draft, head, hidden, tokens)
+    target_logits, tokens = target_side(trace, draft, target_head, hidden, tokens)
     return logits[0], target_logits, tokens
 
 
-def of_answer(trace, draft, head, K, places):
+def of_answer(trace, draft, target_head, K, places):
     """As if rounds had started at these places (R,) of the answer and the target's own tokens had
     been drafted -> as of_rounds, tokens -1 past the answer's end."""
     answer = trace.ids[trace.prompt_length :]
-    rows, own = target_side(trace, draft, head, trace.answer_hidden(), answer)
+    rows, own = target_side(trace, draft, target_head, trace.answer_hidden(), answer)
     place = places[:, None] + torch.arange(K, device=places.device)  # (R, K)
     beyond, place = place >= len(answer), place.clamp(max=len(answer) - 1)
     starts, fed = places + trace.prompt_length - 2, answer[place][:, :-1]
@@ -71,14 +71,14 @@ def of_answer(trace, draft, head, K, places):
 
 
 @torch.no_grad()
-def target_side(trace, draft, head, hidden, tokens):
+def target_side(trace, draft, target_head, hidden, tokens):
     """hidden (N, .., D), tokens -> the target's logits (N, .., V) as they served, and the tokens.
 
     A pruned draft gets V_draft + 1 columns, the last one for all the other ids together: after
     softmax the target's probabilities on the draft's own ids are as large as before."""
     vocabulary, T = draft.vocabulary, trace.temperature
     with torch.autocast(hidden.device.type, enabled=False):  # what the target said is not rounded
-        logits = trace.sampling().filter(head(hidden))
+        logits = trace.sampling().filter(target_head(hidden))
     if vocabulary is None:
         return logits, tokens
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -13,7 +13,7 @@ import torch
 
 from formats import engine, huggingface
 from learner import expected_length
-from model import Head
+from model import TargetHead
 from support.store import save
 from tests.test_formats import refused
 from tests.test_hidden_states import BYTES, LAW, answered, leave
@@ -87,7 +87,7 @@ def test_it_learns_from_what_was_served(target, learned):
     heads = [huggingface.load_draft(learned / name, target) for name in (first, last)]
     traces, accepted = [answered(target, HELD_OUT + i).trace() for i in range(4)], []
     for head in heads:
-        lengths = [expected_length(head, t, Head(target), 4, "block") for t in traces]
+        lengths = [expected_length(head, t, TargetHead(target), 4, "block") for t in traces]
         accepted.append(sum(lengths) / 4 - 1)
     assert accepted[1] > 1.5 * accepted[0] + 0.02, accepted
     state = state_of(learned)

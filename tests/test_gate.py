@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from model import Head
+from model import TargetHead
 from learner import Learner
 from support.draft_length import FixedLength
 from support.gate import EARLIEST, PAUSE, Gate
@@ -119,7 +119,8 @@ def test_what_is_dropped_is_gone_and_the_learner_pauses():
     target = tiny_target(gain=2.0)
     began = tiny_draft(target)
     generation, _ = play(target, began, [request(new=12)], FixedLength(2))
-    trace, learner = generation.trace(), Learner(began.clone(), Head(target), chain=2, every=12)
+    trace = generation.trace()
+    learner = Learner(began.clone(), TargetHead(target), chain=2, every=12)
     with torch.no_grad():
         for p in learner.average.parameters():
             p.add_(0.01 * torch.randn_like(p))

@@ -9,7 +9,7 @@ import torch
 
 from formats.hidden_states import new_files, read_trace, remove
 from learner import Learner, expected_length
-from model import Head
+from model import TargetHead
 from support.draft_length import FixedLength
 from tests.test_formats import refused
 from tests.tiny import play, request, tiny_draft, tiny_target
@@ -64,7 +64,7 @@ def test_a_file_is_the_trace_of_its_answer_without_drafts(target, tmp_path):
     torch.testing.assert_close(back.answer_hidden(), trace.answer_hidden()[:-1], atol=2e-3, rtol=0)
     assert not back.drafted().any() and back.temperature == LAW[0]
     assert torch.equal(back.starts, trace.starts[:-1])  # plain rounds, one for every token
-    draft, head = tiny_draft(target), Head(target)
+    draft, head = tiny_draft(target), TargetHead(target)
     lengths = [expected_length(draft, t, head, 4, "block", most=47) for t in (back, trace)]
     assert lengths[0] == pytest.approx(lengths[1], abs=0.05) and lengths[0] > 1
     assert Learner(draft, head, every=24).update(back).loss is not None

@@ -14,7 +14,7 @@ import torch
 import aurora
 from aurora import Arm
 from learner import Learner, Outcome
-from model import Head, UserError
+from model import TargetHead, UserError
 from support import lineage
 from support.background import Background
 from support.draft_length import FixedLength
@@ -85,7 +85,7 @@ def test_a_learner_that_fails_is_said_once_and_serving_goes_on(how, process, rea
 def test_an_update_that_is_no_number_is_undone(capsys):
     """What serves stays, and what is kept is what was learned before."""
     target = tiny_target(gain=2.0)
-    learner = Learner(tiny_draft(target), Head(target), every=20, gate=False)
+    learner = Learner(tiny_draft(target), TargetHead(target), every=20, gate=False)
     traces = [play(target, None, [request(seed=i)], FixedLength(0))[0].trace() for i in range(3)]
     behind = Background(learner, process=False)
     behind.submit(traces[0])
