@@ -167,8 +167,7 @@ def make_learner(draft, state, target, args, first=0):
     amx = args.device == "cpu" and torch.cpu._is_amx_tile_supported()
     learner = Learner(draft, TargetHead(target), args.estimator, args.rule, args.lr,
                       args.learn_every, fresh=args.draft == "scratch", gate=not args.no_gate,
-                      seed=args.seed,
-                      precision=torch.bfloat16 if amx else torch.float32)
+                      seed=args.seed, precision=torch.bfloat16 if amx else torch.float32)
     try:
         if state:
             learner.restore(state)

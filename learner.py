@@ -18,7 +18,7 @@ from support.trace import give_back, of_answer, of_rounds
 
 @torch.no_grad()
 def expected_length(draft, trace, target_head, K, rule, most=48):
-    """Tokens a round to expect of a draft in chains of K, started at places all over this answer."""
+    """Tokens a round to expect of a draft in chains of K that start all over this answer."""
     answer = len(trace.ids) - trace.prompt_length
     places = torch.arange(0, answer, -(-answer // most), device=trace.ids.device)
     logits, target_logits, tokens = of_answer(trace, draft, target_head, K, places)
@@ -64,8 +64,8 @@ class Learner:
     steps, with weight 3 / (n + 2) for step n."""
 
     def __init__(self, draft, target_head, estimator="log", rule="block", lr=0.02, every=96,
-                 chain=5, learn_from="target", fresh=False, gate=True, places=96, batch=3, recent=32,
-                 horizon=60, precision=torch.float32, seed=0):
+                 chain=5, learn_from="target", fresh=False, gate=True, places=96, batch=3,
+                 recent=32, horizon=60, precision=torch.float32, seed=0):
         self.draft, self.target_head = draft, target_head
         self.estimator, self.rule = estimator, rule
         self.every, self.chain, self.learn_from, self.places = every, chain, learn_from, places
