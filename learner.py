@@ -63,7 +63,7 @@ class Learner:
     fresh: the draft begins with random weights, so at first its average spans the last third of the
     steps, with weight 3 / (n + 2) for step n."""
 
-    def __init__(self, draft, target_head, estimator="log", rule="block", lr=0.02, every=96,
+    def __init__(self, draft, target_head, estimator="expected", rule="block", lr=0.02, every=96,
                  chain=5, learn_from="target", fresh=False, gate=True, places=96, batch=3,
                  recent=32, horizon=60, precision=torch.float32, seed=0):
         self.draft, self.target_head = draft, target_head

@@ -26,8 +26,8 @@ min(1, Q_1, .., Q_j), the running minimum of the likelihood ratio.  The ladder:
 
     reinforce_textbook   sum_j U_j grad log q(x_1..x_j)        biased: the counter-example
     reinforce            sum_j grad U_j                        grad L
-    expected             sum_j grad A_j                        grad L; each term has less noise
-    log                  sum_j U_{j-1} grad log A_j            not grad L: normalised, the default
+    expected             sum_j grad A_j                        grad L, less noise: the default
+    log                  sum_j U_{j-1} grad log A_j            not grad L: normalised
     kl                   - sum_j grad KL(p_j || q_j)           not grad L: distillation
 
 log divides the gradient at every place by what is expected there, A_j / U_{j-1}: the reward of a
@@ -142,7 +142,7 @@ def baseline(c, own_reward):
     return (c.before * c.under * (ahead + own_reward)).detach() * c.ratio
 
 
-def policy_gradient_loss(draft_logits, target_logits, tokens, temperature=1.0, estimator="log",
+def policy_gradient_loss(draft_logits, target_logits, tokens, temperature=1.0, estimator="expected",
                          behaviour="draft", rule="block"):
     """A scalar whose gradient is minus the estimator's, the mean over rounds.
 

@@ -13,7 +13,7 @@ from support.corpus import CLASSES
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 STATIC = {"static": str(WEIGHTS / "draft.pt"), "static-python": str(WEIGHTS / "draft-python.pt")}
-ESTIMATORS = ("log", "expected", "reinforce", "reinforce_textbook", "kl")
+ESTIMATORS = ("expected", "log", "reinforce", "reinforce_textbook", "kl")
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,7 +95,7 @@ def arguments(argv=None):
     add("--seed", type=whole(0), default=0)
 
     add = parser.add_argument_group("learning").add_argument
-    add("--estimator", choices=ESTIMATORS, default="log", help="a rung of rl.py's ladder")
+    add("--estimator", choices=ESTIMATORS, default="expected", help="a rung of rl.py's ladder")
     add("--lr", type=real(1e-8, 10), help="of Muon (default: 0.03 for scratch, else 0.015)")
     add("--learn-every", type=whole(1), metavar="TOKENS",
         help="of answers, a step of the optimizer (default: 96 for scratch, else 256)")
