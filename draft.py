@@ -28,8 +28,8 @@ from model import MLP, Attention, Cache, UserError, additive, register_tables, r
 from support.store import fill, load
 
 
-class Chain:
-    """What every draft can do: draft one token after the other, given that it can
+class Proposer:
+    """What every draft can do: propose a chain, one token after the other, given that it can
 
     read(features, tokens, positions, last, cache) -> h (B, 1, D), logits (B, 1, V): step 0,
     extend(h, token, position, cache) -> h, logits: the next step, token and position (B, 1).
@@ -104,7 +104,7 @@ def head_config(config):
     )
 
 
-class Draft(Chain, nn.Module):
+class Draft(Proposer, nn.Module):
     def __init__(self, target, config=None, vocabulary=None):
         """Random weights; the head begins as a copy of the target's.
 

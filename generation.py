@@ -5,6 +5,7 @@ Letters: B batch rows, T tokens, K drafted tokens, R rounds, V vocabulary, D hid
 
 import time
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -194,9 +195,10 @@ class Generation:
 def seconds_per_round(target, draft, temperature, rule="block"):
     """{source: seconds of rounds with 0, 1, .. drafted tokens}, as a DraftLength takes them.
 
-    A sweep through all of them meets the machine in one mood, so a round's share of its sweep
-    counts: the median of nine sweeps, of fewer if they take long.  Plain rounds follow each other,
-    and the last one counts: it takes a dozen until the caches hold only what they read."""
+    A machine's speed drifts from one sweep through all of them to the next, but hardly within one:
+    so what counts is a round's share of its sweep, the median of at most nine.  Plain rounds follow
+    each other, and the last one counts: it takes a dozen until they find in the processor's caches
+    what plain rounds find there."""
     sources = ([HEAD] if draft else []) + [REQUEST]
     kinds = [Plan(s, K, [0.0] * K) for s in sources for K in range(LONGEST[s], 0, -1)]
     new = 1 + max(plan.K for plan in kinds)
@@ -216,10 +218,10 @@ def seconds_per_round(target, draft, temperature, rule="block"):
             generation.commit(drafts, *generation.verify(drafts))
             times[plan.source, plan.K] = time.perf_counter() - begin
         sweeps.append(times)
-    whole = sorted(sum(times.values()) for times in sweeps[1:])[len(sweeps[1:]) // 2]
-    share = {}
+    wholes = [sum(times.values()) for times in sweeps[1:]]  # the first one warms up
+    seconds = {}
     for key in sweeps[0]:
-        shares = sorted(times[key] / sum(times.values()) for times in sweeps[1:])
-        share[key] = shares[len(shares) // 2] * whole
-    plain = [share[PLAIN, 0]]
-    return {s: plain + [share[s, K] for K in range(1, LONGEST[s] + 1)] for s in sources}
+        shares = [times[key] / whole for times, whole in zip(sweeps[1:], wholes)]
+        seconds[key] = median(shares) * median(wholes)
+    plain = [seconds[PLAIN, 0]]
+    return {s: plain + [seconds[s, K] for K in range(1, LONGEST[s] + 1)] for s in sources}

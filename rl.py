@@ -49,7 +49,7 @@ LARGEST = 20.0  # of log Q, against overflow: the minimum then is the other side
 
 
 @dataclass
-class Chains:
+class Terms:
     """What estimators are made of, (R, K) each, with gradient in q; at pads (-1) U = A = 0."""
 
     U: torch.Tensor  # the weight of having kept x_1..x_j
@@ -60,7 +60,7 @@ class Chains:
     under: torch.Tensor  # how often q is what the minimum takes, by draft_q
 
 
-def chains(draft_logits, target_logits, tokens, temperature, behaviour, rule):
+def terms(draft_logits, target_logits, tokens, temperature, behaviour, rule):
     """behaviour (R, K): log-probabilities of the tokens when they were drawn; "draft": drawn from
     the draft as it is now; "target": from the target."""
     log_q, target_p = log_distributions(draft_logits, target_logits, temperature)
@@ -87,8 +87,8 @@ def chains(draft_logits, target_logits, tokens, temperature, behaviour, rule):
         U = lesser(q_side, U * p_over_b[:, j]) * real[:, j]
         log_Q = log_Q + log_ratio[:, j]
     before, A, under = (torch.stack(x, dim=1) for x in zip(*columns))
-    return Chains(torch.cat([before[:, 1:], U[:, None]], dim=1), before, A, log_q_x,
-                  log_ratio.clamp(max=LARGEST).exp() * real, under)
+    return Terms(torch.cat([before[:, 1:], U[:, None]], dim=1), before, A, log_q_x,
+                 log_ratio.clamp(max=LARGEST).exp() * real, under)
 
 
 def lesser(q_side, p_side):
@@ -147,13 +147,13 @@ def policy_gradient_loss(draft_logits, target_logits, tokens, temperature=1.0, e
     """A scalar whose gradient is minus the estimator's, the mean over rounds.
 
     draft_logits (R, K, V) with gradient; target_logits (R, K, V): the target's view of the same
-    places; tokens (R, K) int64, -1 pads; behaviour as of `chains`.  temperature: the one that
+    places; tokens (R, K) int64, -1 pads; behaviour as of `terms`.  temperature: the one that
     served.  `reinforce` and `expected` are unbiased from R = 1 on.  The target's tokens get no
     baseline: q / p has no bound, and where p is cut its mean is not 1.
     At temperature 0 each token counts as drawn with b = 1, exact as far as the chain is p's own."""
     if estimator == "kl":
         return forward_kl(draft_logits, target_logits, tokens, temperature)
-    c = chains(draft_logits, target_logits, tokens, temperature, behaviour, rule)
+    c = terms(draft_logits, target_logits, tokens, temperature, behaviour, rule)
     utility = ESTIMATORS[estimator](c)
     if estimator in OWN_REWARD and temperature > 0 and behaviour != "target":
         utility = utility - baseline(c, OWN_REWARD[estimator])
@@ -180,7 +180,7 @@ def acceptance(draft_logits, target_logits, tokens, temperature=1.0, rule="block
         kept = agree.float().cumprod(1)
         before = torch.cat([torch.ones_like(kept[:, :1]), kept[:, :-1]], dim=1) * real
     else:
-        c = chains(draft_logits, target_logits, tokens, temperature, "target", rule)
+        c = terms(draft_logits, target_logits, tokens, temperature, "target", rule)
         kept, before = c.A, c.before * real
     return kept.sum(0) / before.sum(0).clamp(min=1e-9)
 

@@ -7,13 +7,13 @@ Letters: B batch rows, T tokens, K drafted tokens a round, R round starts, V voc
 
 import torch
 
-from draft import Chain
+from draft import Proposer
 from model import Transformer, UserError, additive
 from support.store import fill, load
 
 
-class SmallModel(Chain, Transformer):
-    """Chain's interface over a Transformer.  What a head calls position t, where it reads the
+class SmallModel(Proposer, Transformer):
+    """Proposer's interface over a Transformer.  What a head calls position t, where it reads the
     target's features of token t and the token after it, is position t + 1 here."""
 
     vocabulary = None  # it can say every id

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rl import ESTIMATORS, chains, policy_gradient_loss
+from rl import ESTIMATORS, terms, policy_gradient_loss
 from support import options
 from verify import RULES
 
@@ -45,8 +45,8 @@ def test_from_the_targets_tokens_the_weight_is_a_running_minimum(R=50, K=5, V=6)
     tokens = torch.randint(V, (R, K), generator=g)
     ids = tokens[..., None]
     log_q, log_p = (z.log_softmax(-1).gather(-1, ids)[..., 0] for z in (draft, target))
-    block = chains(draft, target, tokens, 1.0, "target", "block").U
+    block = terms(draft, target, tokens, 1.0, "target", "block").U
     wanted = (log_q - log_p).cumsum(1).exp().cummin(1).values.clamp(max=1)
     torch.testing.assert_close(block, wanted)
-    token = chains(draft, target, tokens, 1.0, "target", "token").U
+    token = terms(draft, target, tokens, 1.0, "target", "token").U
     torch.testing.assert_close(token, (log_q - log_p).exp().clamp(max=1).cumprod(1))
