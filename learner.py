@@ -179,7 +179,12 @@ class Learner:
         return drafts | numbers | {"optimizers": [o.state_dict() for o in self.optimizers]}
 
     def restore(self, state):
-        """What state() gave.  Raises KeyError or ValueError if it is another version's."""
+        """What state() gave.  Raises KeyError, ValueError or the like if it is another's."""
+        numbers = *state["gate"].values(), state["averaged"], state["version"], state["waiting"]
+        if not all(type(x) in (int, float) for x in numbers):
+            raise ValueError("numbers")
+        if not all(p.isfinite().all() for p in state["average"].values()):
+            raise ValueError("weights")
         for name in ("draft", "average", "began"):
             getattr(self, name).load_state_dict(state[name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

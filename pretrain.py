@@ -31,6 +31,7 @@ from support.command import command
 from support.corpus import BOS, CLASSES, as_bytes, corpus, print_corpus, record, sample, windows
 from support.sampling import inverse_cdf, probabilities
 from support.optimizers import fast_dtype
+from support.options import real
 from support.store import load_target, save
 from support.training import attend, fast_products, in_bfloat16, last_quarter, train
 
@@ -240,7 +241,7 @@ def arguments():
     what.add_argument("--draft", metavar="CLASSES", help="python,cpp,docs or some of them")
     what.add_argument("--eval", action="store_true")
     add = parser.add_argument
-    add("--minutes", type=float, default=75)
+    add("--minutes", type=real(0.1, 1e5), default=75)
     add("--out", help="the file to write; by default what aurora.py reads")
     add("--checkpoint", help="where training resumes from; by default --out and .ckpt")
     add("--target-path", default=WEIGHTS / "target.pt")

@@ -126,6 +126,7 @@ def arguments(argv=None):
         raise UserError("--num-speculative-tokens K is the head's: it needs a --draft, and goes "
                         "with no --memory but off")
     args.memory = args.memory or ("off" if fixed else "shared")
+    args.device = "cpu" if args.device.startswith("cpu:") else args.device
     args.lr = args.lr or (0.03 if fresh else 0.015)
     args.learn_every = args.learn_every or (96 if fresh else 256)
     check(args)
@@ -147,6 +148,8 @@ def check(args):
         raise UserError(f"--rollback DIR N: expected a version's number, got {args.rollback[1]}")
     if args.draft == "none" and (args.save or args.export):
         raise UserError("--draft none has no weights: nothing to --save or --export")
+    if args.static and not args.compare:
+        raise UserError("--static goes with --compare")
     if args.draft_vocab and args.draft != "scratch":
         raise UserError("--draft-vocab goes with --draft scratch")
     read = (args.prompts, args.target, args.draft, args.static)

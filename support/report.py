@@ -6,6 +6,7 @@ tokens and the seconds of serving and of waiting for the learner and the memory.
 """
 
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -224,7 +225,8 @@ class Journal:
         if self.args.report:
             config = vars(self.args) | {"torch": str(torch.__version__)}
             content = {"config": config, "classes": self.table(), "costs": self.costs()}
-            write(self.args.report, json.dumps(content, indent=1) + "\n")
+            path = os.path.realpath(self.args.report)  # a link stays one
+            write(path, json.dumps(content, indent=1) + "\n")
 
 
 def stream(generations, tokenizer):

@@ -207,6 +207,7 @@ def load_version(directory):
         return directory / "draft.pt", None
     try:
         state = torch.load(beside, map_location="cpu", weights_only=True)
+        int(state["version"])
     except Exception as error:  # torch raises many kinds for a file that is not its own
         raise UserError(f"{beside} cannot be read ({type(error).__name__})") from None
     return directory / "draft.pt", state

@@ -70,6 +70,7 @@ BAD = [
     ("holds no `latest`", ["--draft", "FOLDER"]),
     ("cannot be read", ["--draft", "HALF"]),
     ("another version's", ["--draft", "OLD"]),
+    ("--static goes with --compare", ["--static", "TARGET"]),
     ("--draft-vocab goes with", ["--draft", "static", "--draft-vocab", "9"]),
     ("nothing to --save", ["--draft", "none", "--save", "FOLDER", "--num-speculative-tokens",
                            "auto"]),
