@@ -192,8 +192,8 @@ def main(argv=None, heard=()):
     del target.model.layers  # it is never run
     target, draft = target.to(args.device).eval(), draft.to(args.device)
     fresh, amx = args.draft == "scratch", torch.cpu._is_amx_tile_supported()
-    learner = Learner(
-        draft, TargetHead(target), lr=args.lr or (0.03 if fresh else 0.015),
+    learner = Learner(  # log: on day 0 a head is far off, where the exact gradient vanishes
+        draft, TargetHead(target), "log", lr=args.lr or (0.03 if fresh else 0.015),
         every=args.learn_every or (96 if fresh else 256), chain=args.num_speculative_tokens,
         fresh=fresh, seed=args.seed,
         precision=torch.bfloat16 if amx and args.device == "cpu" else torch.float32)

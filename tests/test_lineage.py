@@ -56,7 +56,7 @@ def test_every_version_has_a_line_that_says_what_fed_it(folder):
         assert line["expected_length"] == {kind: [fed["began"], fed["learned"]]}
         assert line["steps"] == 1 and line["gradient_norm"] > 0 and line["loss"] is not None
         assert line["learn_seconds"] > 0 and line["tokens_per_second"] > 0
-        assert (line["rule"], line["estimator"]) == ("block", "log")
+        assert (line["rule"], line["estimator"]) == ("block", "expected")
     assert lines[6]["draft"] == str(folder / "kept")
 
 
