@@ -18,7 +18,6 @@ Letters: B batch rows, T tokens, K drafted tokens a round, R rounds, V vocabular
 """
 
 import os
-
 import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall a small model
@@ -33,7 +32,7 @@ import torch
 
 from formats.find import find_draft, find_target
 from generation import Generation, Request, seconds_per_round
-from learner import Learner
+from learner import Learner, replay_dtype
 from memory import Memory
 from model import TargetHead, UserError, by_columns
 from support import explain, options, report
@@ -164,10 +163,9 @@ def make_arm(target, draft, args, costs=None):
 def make_learner(draft, state, target, args, first=0):
     """A Background that learns on this draft, as an earlier run left it if there was one.
     first: no version of its may have a lower number."""
-    amx = args.device == "cpu" and torch.cpu._is_amx_tile_supported()
     learner = Learner(draft, TargetHead(target), args.estimator, args.rule, args.lr,
                       args.learn_every, fresh=args.draft == "scratch", gate=not args.no_gate,
-                      seed=args.seed, precision=torch.bfloat16 if amx else torch.float32)
+                      seed=args.seed, precision=replay_dtype(args.device))
     try:
         if state:
             learner.restore(state)

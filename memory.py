@@ -52,8 +52,8 @@ class Memory:
     def remember(self, text):
         """A whole text: nothing else follows it."""
         self.extend(text)
-        self.tokens[self.size % self.capacity] = BORDER  # its last place has no successor, and is
-        self.size += 1  # not entered
+        self.tokens[self.size % self.capacity] = BORDER  # no token: nothing is entered
+        self.size += 1
 
     def hash(self, a, b, c):
         return (a * 0x9E3779B1 ^ b * 0x85EBCA77 ^ c * 0xC2B2AE3D) >> 7 & self.mask

@@ -90,7 +90,7 @@ def keep_block(target_p, draft_q, tokens, coins):
         w.append(min(1.0, w[-1] * float(p[x]) / max(float(q[x]), 1e-300)))
     for i in range(1, K):
         m = (w[i] * target_p[i] - draft_q[i]).clamp(min=0).sum()
-        if coins[i - 1] * (m + 1 - w[i]) < m:  # coin_i < h_i
+        if coins[i - 1] * (m + (1 - w[i])) < m:  # coin_i < h_i
             n = i
     if K and coins[K - 1] < w[K]:
         n = K

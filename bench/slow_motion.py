@@ -43,7 +43,7 @@ def weights(target_p, draft_q, tokens):
         w.append(min(1.0, w[-1] * float(p[x] / q[x])))
     for i in range(1, K):
         m = (w[i] * target_p[i] - draft_q[i]).clamp(min=0).sum().item()
-        h.append(m / (m + 1 - w[i]) if m else 0.0)
+        h.append(m / (m + (1 - w[i])) if m else 0.0)
     return w[1:], [*h, w[K]]
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from formats.export import export_draft
 from formats.find import find_draft, find_target
 from formats.hidden_states import new_files, read_trace, remove
-from learner import Learner
+from learner import Learner, replay_dtype
 from model import TargetHead, UserError
 from support import options
 from support.command import ENDINGS, command
@@ -175,6 +175,7 @@ def arguments(argv):
     add("--device", default="cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the target")
     args = parser.parse_args(argv)
+    options.how_fast(args)
     if args.draft == "none":
         raise UserError("--draft none has no weights: nothing to learn")
     if not Path(args.directory).is_dir():
@@ -191,12 +192,10 @@ def main(argv=None, heard=()):
     draft, _ = find_draft(args.draft, target, args.draft_vocab)
     del target.model.layers  # it is never run
     target, draft = target.to(args.device).eval(), draft.to(args.device)
-    fresh, amx = args.draft == "scratch", torch.cpu._is_amx_tile_supported()
     learner = Learner(  # log: on day 0 a head is far off, where the exact gradient vanishes
-        draft, TargetHead(target), "log", lr=args.lr or (0.03 if fresh else 0.015),
-        every=args.learn_every or (96 if fresh else 256), chain=args.num_speculative_tokens,
-        fresh=fresh, seed=args.seed,
-        precision=torch.bfloat16 if amx and args.device == "cpu" else torch.float32)
+        draft, TargetHead(target), "log", lr=args.lr, every=args.learn_every,
+        chain=args.num_speculative_tokens, fresh=args.draft == "scratch", seed=args.seed,
+        precision=replay_dtype(args.device))
     with Store(args.export) as store:
         beside = Beside(args, target, learner, store)
         beside.restore()

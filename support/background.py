@@ -50,9 +50,9 @@ class Background:
         if self.trouble:
             return
         if self.process:
-            self.pending = self.begin(update_there, packed(trace))
+            self.pending = self.ask(update_there, packed(trace))
         else:
-            self.pending = self.begin(self.learner.update, trace)
+            self.pending = self.ask(self.learner.update, trace)
 
     def result(self):
         """-> what the learner made of the answer that it was given last; None if there is none, or
@@ -67,12 +67,11 @@ class Background:
         """-> the learner's state; None if it is lost."""
         state = None
         if not self.lost:
-            ask = state_there if self.process else self.learner.state
-            state = self.wait(self.begin(ask))
+            state = self.wait(self.ask(state_there if self.process else self.learner.state))
         self.core.shutdown(wait=self.process or not self.lost)
         return state
 
-    def begin(self, call, *given):
+    def ask(self, call, *given):
         try:
             return self.core.submit(call, *given)
         except BrokenExecutor:

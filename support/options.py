@@ -120,17 +120,22 @@ def arguments(argv=None):
         args = parser.parse_args(argv)
     except (ValueError, OverflowError) as error:
         raise UserError(str(error)) from None
-    fresh = args.draft == "scratch"
     fixed = args.num_speculative_tokens != "auto"
     if fixed and (args.draft == "none" or args.memory not in (None, "off")):
         raise UserError("--num-speculative-tokens K is the head's: it needs a --draft, and goes "
                         "with no --memory but off")
     args.memory = args.memory or ("off" if fixed else "shared")
     args.device = "cpu" if args.device.startswith("cpu:") else args.device
-    args.lr = args.lr or (0.03 if fresh else 0.015)
-    args.learn_every = args.learn_every or (96 if fresh else 256)
+    how_fast(args)
     check(args)
     return args
+
+
+def how_fast(args):
+    """Fills in what hangs on where the draft begins: a random one has more to learn."""
+    fresh = args.draft == "scratch"
+    args.lr = args.lr or (0.03 if fresh else 0.015)
+    args.learn_every = args.learn_every or (96 if fresh else 256)
 
 
 def check(args):

@@ -1,10 +1,12 @@
 """Runs of the command line, small enough for tests."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import aurora
-
 
 HERE = Path(aurora.__file__).parent
 BYTES = dict(
@@ -40,3 +42,45 @@ def without_clock(x):
 def keep(files, folder, *more):
     serve(files, "--compare", "--no-gate", "--save", folder / "draft", *more,
           "--report", folder / "r.json", "--log", folder / "l.jsonl")
+
+
+class Running:
+    """aurora.py as a process that serves on and on, learning, once it has served a few requests."""
+
+    def __init__(self, files, folder):
+        self.log, self.kept = folder / "l.jsonl", folder / "kept"
+        more = flags(files, "--save", self.kept, "--log", self.log, "--no-gate", prompts="many.txt")
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "aurora.py", *more], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE)
+        wait_for(lambda: self.log.exists() and len(self.log.read_text().splitlines()) >= 8)
+
+    def learner(self):
+        """The process ids of the learner: what the main process has spawned."""
+        found = []
+        for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+                          ).read_text().split():
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+        return found
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from model import UserError
 from support.store import Store, load, save
 from verify import NoDistribution
 
-from .serving import HERE, flags, keep, lines_of, serve
+from .serving import HERE, Running, alive, flags, keep, lines_of, serve, wait_for
 
 
 def versions(folder):
@@ -109,48 +108,6 @@ def test_a_target_that_gives_nan_loses_nothing_that_was_served(files, tmp_path):
         serve(files, "--target", tmp_path / "t.pt", "--no-learn", "--save", tmp_path / "kept",
               "--report", tmp_path / "r.json")
     assert versions(tmp_path / "kept") == ["v000000"] and (tmp_path / "r.json").exists()
-
-
-class Running:
-    """aurora.py as a process that serves on and on, learning, once it has served a few requests."""
-
-    def __init__(self, files, folder):
-        self.log, self.kept = folder / "l.jsonl", folder / "kept"
-        more = flags(files, "--save", self.kept, "--log", self.log, "--no-gate", prompts="many.txt")
-        self.process = subprocess.Popen(
-            [sys.executable, HERE / "aurora.py", *more], text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE)
-        wait_for(lambda: self.log.exists() and len(self.log.read_text().splitlines()) >= 8)
-
-    def learner(self):
-        """The process ids of the learner: what the main process has spawned."""
-        found = []
-        for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children"
-                          ).read_text().split():
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(int(child))
-        return found
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.communicate()
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +17,9 @@ from support.background import Background
 from support.draft_length import FixedLength
 from support.store import save
 
+from .serving import Running, lines_of
 from .tiny import play, request, tiny_draft, tiny_target
 
-HERE = Path(aurora.__file__).parent
 REQUESTS = 6
 
 
@@ -122,40 +119,10 @@ def flags(files, prompts, *more):
             *map(str, more)]
 
 
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-class Running:
-    """aurora.py as a process, once it has served a few requests and learned from them."""
-
-    def __init__(self, files, folder):
-        self.log, self.kept = folder / "l.jsonl", folder / "kept"
-        more = flags(files, "many", "--save", self.kept, "--log", self.log, "--no-gate")
-        self.process = subprocess.Popen([sys.executable, HERE / "aurora.py", *more], text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 120
-        while not self.log.exists() or self.log.read_text().count("\n") < 8:
-            assert time.monotonic() < deadline, "it never came"
-            time.sleep(0.02)
-
-    def learner(self):
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        (found,) = [int(child) for child in children.split()
-                    if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-        return found
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.communicate()
-
-
 def test_a_learner_that_is_killed_costs_no_request_and_the_lineage_says_so(files, tmp_path):
     with Running(files, tmp_path) as run:
-        os.kill(run.learner(), signal.SIGKILL)
+        (learner,) = run.learner()
+        os.kill(learner, signal.SIGKILL)
         out, err = run.process.communicate(timeout=120)
         assert run.process.returncode == 0, err
     assert err.count("the learner's process died") == 1 and "Traceback" not in err
