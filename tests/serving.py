@@ -47,12 +47,12 @@ def keep(files, folder, *more):
 class Running:
     """aurora.py as a process that serves on and on, learning, once it has served a few requests."""
 
-    def __init__(self, files, folder):
+    def __init__(self, files, folder, stderr=subprocess.PIPE):
         self.log, self.kept = folder / "l.jsonl", folder / "kept"
         more = flags(files, "--save", self.kept, "--log", self.log, "--no-gate", prompts="many.txt")
         self.process = subprocess.Popen(
             [sys.executable, HERE / "aurora.py", *more], text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE)
+            stderr=stderr)
         wait_for(lambda: self.log.exists() and len(self.log.read_text().splitlines()) >= 8)
 
     def learner(self):

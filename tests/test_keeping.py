@@ -126,6 +126,14 @@ def test_what_was_learned_outlives_an_interruption(files, tmp_path, name):
     assert (run.kept / version / "learner.pt").exists()
 
 
+def test_an_interruption_that_nobody_can_be_told_of_loses_nothing(files, tmp_path):
+    with open("/dev/full", "w") as full, Running(files, tmp_path, stderr=full) as run:
+        run.process.send_signal(signal.SIGINT)
+        run.process.communicate(timeout=60)
+    (version,) = versions(run.kept)
+    assert int(version[1:]) > 0 and (run.kept / version / "learner.pt").is_file()
+
+
 def test_more_signals_lose_nothing(files, tmp_path):
     """Whoever is impatient sends Ctrl-C again and again, and worse, until all is kept."""
     with Running(files, tmp_path) as run:
