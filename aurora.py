@@ -32,7 +32,7 @@ import torch
 
 from formats.find import find_draft, find_target
 from generation import Generation, Request, seconds_per_round
-from learner import Learner, replay_dtype
+from learner import Learner
 from memory import Memory
 from model import TargetHead, UserError, by_columns
 from support import explain, options, report
@@ -42,6 +42,7 @@ from support.command import command, complain, deaf
 from support.corpus import prompts_of
 from support.draft_length import HEAD, DraftLength, FixedLength
 from support.lineage import Lineage
+from support.precision import ready_to_serve, replay_dtype
 from support.store import Store
 from verify import NoDistribution
 
@@ -186,9 +187,7 @@ def main(argv=None):
     options.check_device(args.device)
     torch.manual_seed(args.seed)  # a fresh draft's weights
     target, tokenizer = find_target(args.target, args.dtype)
-    target = target.to(args.device, getattr(torch, args.dtype)).eval()
-    if args.device == "cpu" and sum(p.numel() for p in target.parameters()) < 50e6:
-        torch.set_num_threads(1)  # a second one gains a small target nothing
+    target = ready_to_serve(target, args.device, args.dtype)
     draft, state = find_draft(args.draft, target, args.draft_vocab)
     static = draft
     if args.compare and args.static:

@@ -16,12 +16,6 @@ from support.optimizers import muon_and_adamw
 from support.trace import give_back, of_answer, of_rounds
 
 
-def replay_dtype(device):
-    """In what a learner multiplies: bfloat16 where a CPU has AMX for it, else float32."""
-    amx = device == "cpu" and torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if amx else torch.float32
-
-
 @torch.no_grad()
 def expected_length(draft, trace, target_head, K, rule, most=48):
     """Tokens a round to expect of a draft in chains of K that start all over this answer."""

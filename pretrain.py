@@ -29,8 +29,8 @@ from draft import Draft, load_draft
 from model import Attention, Config, Transformer
 from support.command import command
 from support.corpus import BOS, CLASSES, as_bytes, corpus, print_corpus, record, sample, windows
-from support.optimizers import fast_dtype
 from support.options import real
+from support.precision import fast_dtype
 from support.sampling import inverse_cdf, probabilities
 from support.store import load_target, save
 from support.training import attend, fast_products, in_bfloat16, last_quarter, train

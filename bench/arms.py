@@ -22,6 +22,7 @@ from model import UserError, by_columns
 from support import options
 from support.command import command
 from support.draft_length import FixedLength
+from support.precision import ready_to_serve
 
 
 def arms_for(vary, target, args, lengths):
@@ -55,9 +56,8 @@ def build(target, args, changes, learns, costs):
     return arm, learner, costs
 
 
-def serve_all(target, args, vary, lengths, mixed):
+def serve_all(target, tokenizer, args, vary, lengths, mixed):
     """One seed: every request by every arm in turn -> yields a dict a request and arm."""
-    tokenizer = find_target(args.target, args.dtype)[1]
     requests = aurora.make_requests(args, tokenizer, target.config.max_position_embeddings)
     if mixed:  # the class changes with every request
         kinds = [[r for r in requests if r.kind == kind] for kind in args.traffic.split(",")]
@@ -130,13 +130,13 @@ def main():
     args = options.arguments(rest)
     if args.draft == "none":
         raise UserError("--draft none: every arm but plain decoding has a head")
-    target = find_target(args.target, args.dtype)[0].eval()
-    torch.set_num_threads(1)
+    target, tokenizer = find_target(args.target, args.dtype)
+    target = ready_to_serve(target, args.device, args.dtype)
     by_columns(target)
     lines = []
     for seed in ours.seeds:
         args.seed = seed
-        for line in serve_all(target, args, ours.vary, ours.lengths, ours.mixed):
+        for line in serve_all(target, tokenizer, args, ours.vary, ours.lengths, ours.mixed):
             lines.append(line)
             if ours.json:
                 with open(ours.json, "a") as file:

@@ -23,6 +23,7 @@ from support import options
 from support.command import command
 from support.corpus import prompts_of
 from support.draft_length import HEAD, Plan
+from support.precision import ready_to_serve
 
 ARMS = {  # estimator, rule, learn_from
     "log": ("log", "block", "target"),
@@ -78,9 +79,9 @@ def main():
     ours, rest = parser.parse_known_args()
     args = options.arguments(rest)
     target, tokenizer = find_target(args.target, args.dtype)
-    torch.set_num_threads(1)
+    target = ready_to_serve(target, args.device, args.dtype)
     torch.set_flush_denormal(True)
-    by_columns(target.eval())
+    by_columns(target)
     head, found = TargetHead(target), {}
     for seed in ours.seeds:
         args.seed = seed

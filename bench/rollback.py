@@ -29,6 +29,7 @@ from model import TargetHead
 from support import options
 from support.draft_length import FixedLength
 from support.gate import Gate
+from support.precision import ready_to_serve
 
 ANSWERS, BEFORE = 200, 100
 
@@ -93,8 +94,9 @@ def lengths(draft, traces, head):
 
 def real(args, answers, streams):
     target, tokenizer = find_target(args.target, args.dtype)
+    target = ready_to_serve(target, args.device, args.dtype)
     args.requests = answers
-    draft, head, traces = find_draft(args.draft, target)[0], TargetHead(target.eval()), []
+    draft, head, traces = find_draft(args.draft, target)[0], TargetHead(target), []
     for request in aurora.make_requests(args, tokenizer, target.config.max_position_embeddings):
         generation = Generation(target, None, [request])
         while not generation.done:

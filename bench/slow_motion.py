@@ -13,6 +13,7 @@ from formats.find import find_draft, find_target
 from generation import Generation
 from support import options
 from support.draft_length import HEAD, Plan
+from support.precision import ready_to_serve
 from support.sampling import probabilities
 from verify import accept_one, keep_block, keep_tokens
 
@@ -71,8 +72,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     ours = parser.parse_args()
     args = options.arguments(["--prompt", ours.prompt, "--seed", str(ours.seed)])
-    torch.set_num_threads(1)
     target, tokenizer = find_target(args.target, args.dtype)
+    target = ready_to_serve(target, args.device, args.dtype)
     draft, _ = find_draft("static", target, 0)
 
     def say(token):

@@ -25,10 +25,11 @@ from tqdm import tqdm
 from formats.export import export_draft
 from formats.find import find_draft, find_target
 from formats.hidden_states import new_files, read_trace, remove
-from learner import Learner, replay_dtype
+from learner import Learner
 from model import TargetHead, UserError
 from support import options
 from support.command import ENDINGS, command
+from support.precision import replay_dtype
 from support.store import Store, number_of, printable, write
 
 LOOK = 0.5  # seconds until a folder that held nothing new is looked at again

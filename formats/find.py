@@ -14,9 +14,10 @@ from support.store import load_target, load_version
 
 
 def find_target(name, dtype):
-    """-> the target, on the CPU, and its tokenizer."""
+    """-> the target, on the CPU, and its tokenizer.  dtype: of a directory's weights, "auto" is as
+    they are there; support/precision.py decides for good."""
     if not is_file(name):
-        return huggingface.load_target(name, getattr(torch, dtype))
+        return huggingface.load_target(name, None if dtype == "auto" else getattr(torch, dtype))
     target = load_target(name)[0]
     return target, Bytes(target.config)
 

@@ -147,7 +147,8 @@ def read_config(directory, raw, tensors):
 
 
 def load_model(directory, dtype, kind=Transformer):
-    """Built without memory, then filled with the mapped tensors themselves, or with conversions."""
+    """Built without memory, then filled with the mapped tensors themselves, or with conversions.
+    dtype None: bfloat16 if that is what they are, else float32."""
     tensors = read_tensors(directory)
     config = read_config(directory, read_json(directory / "config.json"), tensors)
     embedding = tensors.get("model.embed_tokens.weight")
@@ -157,6 +158,9 @@ def load_model(directory, dtype, kind=Transformer):
             f"{directory}: tie_word_embeddings is set, but lm_head.weight is not the embedding")
     with torch.device("meta"):
         model = kind(config)
+    if dtype is None:
+        short = all(t.dtype == torch.bfloat16 for t in tensors.values())
+        dtype = torch.bfloat16 if short else torch.float32
     for name in tensors:
         tensors[name] = tensors[name].to(dtype)
     if tied:

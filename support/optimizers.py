@@ -1,24 +1,8 @@
 """The optimizers of targets, static drafts and the learner."""
 
-import functools
-import time
-
 import torch
 
-
-@functools.cache
-def fast_dtype():
-    """What this CPU multiplies faster: without AVX512-BF16 or AMX, bfloat16 takes sixty times as
-    long as float32."""
-    took = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(256, 256, dtype=dtype)
-        matrix @ matrix
-        start = time.perf_counter()
-        for _ in range(5):
-            matrix @ matrix
-        took[dtype] = time.perf_counter() - start
-    return min(took, key=took.get)
+from support.precision import fast_dtype
 
 
 def orthogonal(matrix):

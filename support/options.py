@@ -115,7 +115,8 @@ def arguments(argv=None):
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="cpu")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of the target; auto: what it verifies faster in, as timed at the start")
     try:
         args = parser.parse_args(argv)
     except (ValueError, OverflowError) as error:

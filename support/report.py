@@ -41,7 +41,8 @@ def count(model):
 
 
 def facts(target, draft, length, args, requests):
-    c, weights = target.config, count(target) * target.lm_head.weight.element_size()
+    c, dtype = target.config, str(target.lm_head.weight.dtype).removeprefix("torch.")
+    weights = count(target) * target.lm_head.weight.element_size()
     kinds = [shown(kind) for kind in dict.fromkeys(r.kind for r in requests)]
     head = f"{count(draft) / 1e6:.1f}M parameters of its own" if draft else "none"
     cuts = f", top-p {args.top_p}, top-k {args.top_k}"
@@ -51,7 +52,7 @@ def facts(target, draft, length, args, requests):
     if args.no_learn or draft is None:
         learning = "off"
     say(f"target   {args.target}: {count(target) / 1e6:.1f}M parameters, {c.num_hidden_layers} "
-        f"layers of {c.hidden_size}, {args.dtype}, {weights / 1e6:.0f} MB a token, {args.device}, "
+        f"layers of {c.hidden_size}, {dtype}, {weights / 1e6:.0f} MB a token, {args.device}, "
         f"{torch.get_num_threads()} threads\n"
         f"draft    {args.draft}: {head}; memory: {args.memory}\n"
         f"verify   {args.rule} rule by {which}, {law}; {length}\n"

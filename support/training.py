@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from support.optimizers import fast_dtype, muon_and_adamw
+from support.optimizers import muon_and_adamw
+from support.precision import fast_dtype
 
 
 def rate(progress):

@@ -16,7 +16,8 @@ ARMS = ("plain", "static", "online")
 
 
 def flags(files, *more, prompts="prompts.jsonl"):
-    given = ["--target", f"{files}/target.pt", "--max-new-tokens", "12", "--learn-every", "12"]
+    given = ["--target", f"{files}/target.pt", "--max-new-tokens", "12", "--learn-every", "12",
+             "--dtype", "float32"]
     if "--prompt" not in more and "--prompts" not in more:
         given += ["--prompts", f"{files}/{prompts}"]
     if "--num-speculative-tokens" not in more:

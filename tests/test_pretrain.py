@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import pretrain
 from draft import Draft
 from model import Config, Transformer
-from support import optimizers, training
+from support import precision, training
 
 FALSE_ALARM_7 = 42.7  # chi-square of 7 degrees of freedom is larger with probability 4e-7
 
@@ -109,7 +109,7 @@ def test_answers_are_draws_from_the_target():
     assert ids.shape == (4096, 11) and ids[0, :9].tolist() == [256, *range(8)]
     assert (ids[:, :9] == ids[0, :9]).all() and (ids[:, 9:] < 8).all()
     with torch.no_grad():
-        hidden, features = target.to(optimizers.fast_dtype())(ids[:, :-1])
+        hidden, features = target.to(precision.fast_dtype())(ids[:, :-1])
         target_p = (target.logits(hidden[:, -2:])[..., :8].double() / 0.8).softmax(-1)
     for place in (0, 1):
         counts, expected = ids[:, 9 + place].bincount(minlength=8), target_p[:, place].sum(0)
