@@ -1,5 +1,5 @@
 // The acceptance step of speculative decoding in one launch: logits to (tokens kept, next token).
-// What is decided, and why it is lossless, stands in verify.py; `accept_torch` there does it with
+// What is decided, and why it is lossless, stands in verify.py; support/accept_torch.py does it with
 // 2K+1 rows of float64 probabilities.  Here no probability is ever written.
 //
 //   1. A row's softmax is two numbers, its largest logit and sum exp((z - largest) / T), and one

@@ -16,6 +16,7 @@ from learner import Learner, expected_length
 from memory import Memory
 from model import TargetHead
 from rl import policy_gradient_loss
+from support.accept_torch import accept_torch
 from support.background import Background
 from support.draft_length import HEAD, REQUEST, SHARED, FixedLength, Plan
 from support.sampling import inverse_cdf, probabilities
@@ -23,7 +24,7 @@ from support.trace import of_rounds
 from tests.tiny import (
     assert_law, language, play, request, tiny_draft, tiny_target, uniforms,
 )
-from verify import RULES, NoDistribution, accept, accept_one, accept_torch
+from verify import RULES, NoDistribution, accept, accept_one
 
 torch.set_num_threads(1)
 

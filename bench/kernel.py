@@ -1,6 +1,6 @@
 """The acceptance kernel against torch: python -m bench.kernel
 
-The reference is verify.accept_torch; "plain" is the usual way, the token rule on float32 softmaxes
+The reference is accept_torch; "plain" is the usual way, the token rule on float32 softmaxes
 and torch.multinomial; "token" and "block" are kernels.cu.  Two kinds of round: all tokens kept, and
 some, where the block rule goes back along the chain, the token rule has read no further, and both
 draw from a residual.  "MB" are the 2K+1 rows that the block rule reads at least once, GB/s is that
@@ -16,9 +16,10 @@ import time
 
 import torch
 
+from support.accept_torch import accept_torch
 from support.build import kernel
 from support.sampling import inverse_cdf, probabilities
-from verify import accept, accept_torch
+from verify import accept
 
 TEMPERATURE = 0.8
 

@@ -22,7 +22,7 @@ SCHEMA = (
 
 @functools.cache
 def kernel(device):
-    """The fused form of verify.accept_torch for tensors on "cpu" or "cuda", or None where torch has
+    """The fused form of accept_torch for tensors on "cpu" or "cuda", or None where torch has
     to do: AURORA_KERNEL=torch asks for that, =fused makes it an error."""
     choice = os.environ.get("AURORA_KERNEL", "")
     if choice not in ("", "fused", "torch"):

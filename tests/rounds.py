@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from support.sampling import inverse_cdf, probabilities
-from verify import accept_torch
+from support.accept_torch import accept_torch
 
 HOME = Path(__file__).parent.parent
 RULES = [pytest.param(True, id="block"), pytest.param(False, id="token")]

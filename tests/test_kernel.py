@@ -1,4 +1,4 @@
-"""kernels.cu decides as verify.accept_torch does, by both rules, on whatever is thrown at it.
+"""kernels.cu decides as accept_torch does, by both rules, on whatever is thrown at it.
 
 Letters: B batch rows, K drafted tokens, V vocabulary, T temperature.
 """
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from support.sampling import inverse_cdf
-from verify import accept_torch
+from support.accept_torch import accept_torch
 
 from .rounds import (
     assert_decided, assert_same, BELOW_ONE, DTYPES, INF, misplaced, NAN, proposed_outright,

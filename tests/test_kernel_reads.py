@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from verify import NoDistribution, accept, accept_torch
+from support.accept_torch import accept_torch
+from verify import NoDistribution, accept
 
 from .rounds import assert_same, BELOW_ONE, HOME, INF, NAN, RULES, some_round, uniforms
 
