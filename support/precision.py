@@ -5,6 +5,7 @@ makes nine tokens cost hardly more than one."""
 import copy
 import functools
 import time
+from statistics import median
 
 import torch
 
@@ -51,20 +52,19 @@ def ready_to_serve(target, device, dtype):
 
 @torch.inference_mode()
 def serving_dtype(target):
-    """What a few of the target's layers take less time in, for a round's few tokens."""
-    layer = target.model.layers[0]
-    size = 4 * sum(p.numel() for p in layer.parameters())
+    """What a few of the target's layers take less time in, for a round's few tokens; both in turn,
+    so that what else the machine does slows both."""
+    size = 4 * sum(p.numel() for p in target.model.layers[0].parameters())
     layers = target.model.layers[: max(1, int(TRIED / size))]
-    positions, took = torch.arange(ROUND)[None], {}
-    for dtype in (torch.float32, torch.bfloat16):
-        tried, seconds = copy.deepcopy(layers).to(dtype), []
-        by_columns(tried)
-        where = *rope_at(target, positions, dtype), None
-        for _ in range(TIMES):
+    tried = {dtype: copy.deepcopy(layers).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    took, positions = {dtype: [] for dtype in tried}, torch.arange(ROUND)[None]
+    by_columns(tried[torch.float32])
+    for _ in range(TIMES):
+        for dtype, layers in tried.items():
             h = torch.ones(1, ROUND, target.config.hidden_size, dtype=dtype)
+            where = *rope_at(target, positions, dtype), None
             start = time.perf_counter()
-            for layer in tried:
+            for layer in layers:
                 h = layer(h, *where)
-            seconds.append(time.perf_counter() - start)
-        took[dtype] = sorted(seconds)[TIMES // 2]
-    return min(took, key=took.get)
+            took[dtype].append(time.perf_counter() - start)
+    return min(took, key=lambda dtype: median(took[dtype]))

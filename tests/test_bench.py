@@ -5,8 +5,11 @@ import re
 
 import pytest
 
-from bench import picture, slow_motion
+from bench import picture, profile, slow_motion
 from model import UserError
+from support.draft_length import HEAD, REQUEST, Plan
+
+from .tiny import tiny_draft, tiny_target
 
 
 def lines(speeds, seeds=2, requests=6):
@@ -49,3 +52,12 @@ def test_slow_motion_tells_what_the_coins_say(seed, capsys, monkeypatch):
     token, block = (int(n) for n in re.findall(r"It keeps (\d) of 4", out))
     assert token == ([r[0] for r in rows] + [">="]).index(">=")
     assert block == max([i + 1 for i, r in enumerate(rows) if r[1] == "<"], default=0) > token
+
+
+def test_a_profile_is_of_one_round_of_the_kind_it_names():
+    target = tiny_target()
+    draft = tiny_draft(target)
+    for plan in (Plan(), Plan(HEAD, 3, [0.0] * 3), Plan(REQUEST, 4)):
+        work, took = profile.a_round(target, draft, plan, "block")
+        assert set(took) == set(profile.STEPS) and all(s > 0 for s in took.values())
+        assert [(r.source, r.drafted) for r in work.rounds[0]] == [(plan.source, plan.K)] * 2
