@@ -2,9 +2,10 @@
 
 Learned at once, for nothing, and lossless: guesses are proposed outright, so draft_q is one-hot.
 Production systems have shown how far that goes (SuffixDecoding 2411.04975).  Here it is the match
-search of LZ77: a table leads from a hash of the last few tokens to the latest place where they
-stood, and every place to the one before it; a handful of them are extended backwards, and the
-longest match counts, the latest of equally long ones.
+search of LZ77 and a vote.  A table leads from a hash of the last few tokens to the latest place
+where they stood, and every place to the one before it; a handful of them are extended backwards.
+The longest matches have a vote, and any that is long ENOUGH: the guess goes on with the token that
+most of them went on with, then with the next of those that agreed, while at least half agree.
 
 For example, of bytes: in "the cat sat. the cat" the last seven, "the cat", stood once before, and
 what followed them was " sat".
@@ -16,7 +17,8 @@ that reaches the end of the text goes on with itself: "abcabc" is followed by "a
 from array import array
 
 SHORTEST_MATCH, LONGEST_MATCH = 3, 32  # tokens of a match: what is hashed, and where comparing ends
-PLACES = 16  # compared at most
+PLACES = 16  # compared at most, the latest ones
+ENOUGH = 10  # tokens of a match; longer ones do not outvote it
 BORDER = -1  # stands between texts: no token
 
 
@@ -60,34 +62,43 @@ class Memory:
 
     def lookup(self, text, K):
         """text: a list of tokens -> how many of its last tokens stood here before, 0 or between
-        SHORTEST_MATCH and LONGEST_MATCH, and at most K tokens that followed them."""
-        if len(text) < SHORTEST_MATCH:
-            return 0, []
-        ring, capacity, oldest = self.tokens, self.capacity, max(0, self.size - self.capacity)
-        longest = min(LONGEST_MATCH, len(text))
-        place, best, found = self.latest[self.hash(*text[-SHORTEST_MATCH:])], SHORTEST_MATCH - 1, -1
-        for _ in range(PLACES):
-            if place < oldest + best:  # forgotten, or too near to what is
-                break
-            if ring[(place - best) % capacity] == text[-1 - best]:  # else no longer than the best
-                n = 0
-                while n < longest and place - n >= oldest and (
-                    ring[(place - n) % capacity] == text[-1 - n]
-                ):
-                    n += 1
-                if n > best:
-                    best, found = n, place
-                if best == longest:
-                    break
-            place = self.before[place % capacity]
-        return (best, self.followed(found, K)) if found >= 0 else (0, [])
+        SHORTEST_MATCH and LONGEST_MATCH, and at most K tokens to guess behind them."""
+        matches = self.matches(text)
+        longest = max((n for n, _ in matches), default=0)
+        voters = [place for n, place in matches if n >= min(longest, ENOUGH)]
+        return longest, self.followed(voters, K) if voters else []
 
-    def followed(self, place, K):
-        """At most K tokens from behind this place, up to the end of its text."""
-        tokens, period = [], self.size - 1 - place
+    def matches(self, text):
+        """Of the latest PLACES of its hash: (tokens that match, place), the latest first."""
+        if len(text) < SHORTEST_MATCH:
+            return []
+        ring, capacity, oldest = self.tokens, self.capacity, max(0, self.size - self.capacity)
+        longest, found = min(LONGEST_MATCH, len(text)), []
+        place = self.latest[self.hash(*text[-SHORTEST_MATCH:])]
+        for _ in range(PLACES):
+            if place - SHORTEST_MATCH < oldest - 1:  # forgotten, or too near to what is
+                break
+            n = 0
+            while n < longest and place - n >= oldest and (
+                ring[(place - n) % capacity] == text[-1 - n]
+            ):
+                n += 1
+            if n >= SHORTEST_MATCH:
+                found.append((n, place))
+            place = self.before[place % capacity]
+        return found
+
+    def followed(self, places, K):
+        """At most K tokens from behind these places, the latest first, as they vote."""
+        ring, capacity, last, tokens = self.tokens, self.capacity, self.size - 1, []
         for i in range(K):
-            token = self.tokens[(place + 1 + i % period) % self.capacity]
-            if token == BORDER:
+            votes = {}
+            for place in places:
+                token = ring[(place + 1 + i % (last - place)) % capacity]
+                votes.setdefault(token, []).append(place)
+            token = max(votes, key=lambda token: len(votes[token]))  # of equals the latest's
+            if token == BORDER or 2 * len(votes[token]) < len(places):
                 break
             tokens.append(token)
+            places = votes[token]
         return tokens

@@ -3,10 +3,11 @@
 import random
 import sys
 import time
+from collections import Counter
 
 import pytest
 
-from memory import BORDER, LONGEST_MATCH, PLACES, SHORTEST_MATCH, Memory
+from memory import BORDER, ENOUGH, LONGEST_MATCH, PLACES, SHORTEST_MATCH, Memory
 
 
 def matched(history, place, text):
@@ -18,19 +19,21 @@ def matched(history, place, text):
 
 
 def searched(history, text, K, places=None):
-    """What a lookup is to find in all of this history, by looking everywhere, the latest first."""
-    best, found = SHORTEST_MATCH - 1, None
+    """What a lookup is to find in all of this history, by looking everywhere."""
     ends = [p for p in range(len(history) - 1) if history[p + 1] != BORDER]
-    candidates = [p for p in ends if matched(history, p, text) >= SHORTEST_MATCH]
-    for place in reversed(candidates[-(places or len(history)) :]):
-        n = matched(history, place, text)
-        if n > best:
-            best, found = n, place
-    if found is None:
-        return 0, []
-    copy = history[found + 1 :]
-    followed = [copy[i % len(copy)] for i in range(K)]
-    return best, (followed + [BORDER])[: (followed + [BORDER]).index(BORDER)]
+    matches = [(matched(history, p, text), p) for p in reversed(ends)]
+    matches = [(n, p) for n, p in matches if n >= SHORTEST_MATCH][:places]
+    longest = max([0] + [n for n, _ in matches])
+    copies = [history[p + 1 :] for n, p in matches if n >= min(longest, ENOUGH)]
+    guess = []
+    while copies and len(guess) < K:
+        said = [copy[len(guess) % len(copy)] for copy in copies]
+        token, votes = Counter(said).most_common(1)[0]  # of equals the first: the latest
+        if token == BORDER or votes < len(said) / 2:
+            break
+        guess.append(token)
+        copies = [copy for copy, t in zip(copies, said) if t == token]
+    return longest, guess
 
 
 def remembered(texts, capacity=4096):
@@ -48,7 +51,7 @@ def test_the_example_of_the_docstring():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_longest_match_is_found_and_of_equals_the_latest(seed):
+def test_the_longest_matches_are_found_and_vote(seed):
     """As by looking everywhere: texts of three symbols, in which all that is short is said often.
     4096 buckets keep their 27 triples apart, so PLACES of the same triple are compared."""
     draws, lengths = random.Random(seed), set()
@@ -66,6 +69,26 @@ def test_the_longest_match_is_found_and_of_equals_the_latest(seed):
             assert found == searched(text, text, K, PLACES)
             lengths.add(found[0])
     assert {0, SHORTEST_MATCH, LONGEST_MATCH} <= lengths
+
+
+def test_most_votes_count_and_of_equals_the_latest():
+    text = list(b"in the r")
+    assert remembered([b"in the red", b"in the red", b"in the rod"]).lookup(text, 4) == (
+        8, list(b"ed"))
+    assert remembered([b"in the red", b"in the rod"]).lookup(text, 4) == (8, list(b"od"))
+
+
+def test_a_guess_ends_where_fewer_than_half_agree():
+    memory = remembered([b"abcdx", b"abcdy", b"abcdz"])
+    assert memory.lookup(list(b"abc"), 4) == (3, list(b"d"))
+    assert memory.lookup(list(b"abcd"), 4) == (4, [])
+
+
+def test_what_is_long_enough_is_not_outvoted_by_what_is_longer():
+    text = list(b"0123456789ab")
+    for length, said in ((ENOUGH, b"y"), (ENOUGH - 1, b"x")):
+        others = [b"-" + bytes(text[-length:]) + b"y"] * 2
+        assert remembered([bytes(text) + b"x", *others]).lookup(text, 1) == (12, list(said))
 
 
 def test_others_texts_are_searched_for_the_end_of_this_one():
