@@ -162,9 +162,9 @@ def arguments(argv):
     add("--top-k", type=options.whole(0), default=0, help="0 is off")
 
     add = parser.add_argument_group("learning and keeping").add_argument
-    add("--lr", type=options.real(1e-8, 10), help="of Muon (default: 0.03 for scratch, else 0.015)")
-    add("--learn-every", type=options.whole(1), metavar="TOKENS",
-        help="of answers, a step of the optimizer (default: 96 for scratch, else 256)")
+    add("--lr", type=options.real(1e-8, 10), help="of Muon (default: 0.02 for scratch, else 0.005)")
+    add("--learn-every", type=options.whole(1), default=options.LEARN_EVERY, metavar="TOKENS",
+        help="of answers, a step of the optimizer")
     add("--every", type=options.whole(1), default=1, metavar="FILES",
         help="until a version and the learner's state are written; what the gate says, at once")
     add("--keep", type=options.whole(1), default=3, metavar="VERSIONS", help="older ones go")

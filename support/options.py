@@ -11,6 +11,7 @@ import torch
 from model import UserError
 from support.corpus import CLASSES
 
+LEARN_EVERY = 48  # tokens of answers a step of the optimizer, for learners anywhere
 WEIGHTS = Path(__file__).parent.parent / "weights"
 STATIC = {"static": str(WEIGHTS / "draft.pt"), "static-python": str(WEIGHTS / "draft-python.pt")}
 ESTIMATORS = ("expected", "log", "reinforce", "reinforce_textbook", "kl")
@@ -96,9 +97,9 @@ def arguments(argv=None):
 
     add = parser.add_argument_group("learning").add_argument
     add("--estimator", choices=ESTIMATORS, default="expected", help="a rung of rl.py's ladder")
-    add("--lr", type=real(1e-8, 10), help="of Muon (default: 0.03 for scratch, else 0.015)")
-    add("--learn-every", type=whole(1), metavar="TOKENS",
-        help="of answers, a step of the optimizer (default: 96 for scratch, else 256)")
+    add("--lr", type=real(1e-8, 10), help="of Muon (default: 0.02 for scratch, else 0.005)")
+    add("--learn-every", type=whole(1), default=LEARN_EVERY, metavar="TOKENS",
+        help="of answers, a step of the optimizer")
     add("--no-gate", action="store_true", help="what is learned always serves")
     add("--no-learn", action="store_true")
 
@@ -134,9 +135,7 @@ def arguments(argv=None):
 
 def how_fast(args):
     """Fills in what hangs on where the draft begins: a random one has more to learn."""
-    fresh = args.draft == "scratch"
-    args.lr = args.lr or (0.03 if fresh else 0.015)
-    args.learn_every = args.learn_every or (96 if fresh else 256)
+    args.lr = args.lr or (0.02 if args.draft == "scratch" else 0.005)
 
 
 def check(args):
