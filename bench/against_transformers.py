@@ -137,7 +137,7 @@ def arguments(argv=None):
 def main(argv=None):
     args = arguments(argv)
     texts = [text for _, text in read_prompts(args.prompts)]
-    transformers = need("transformers", "the comparison")
+    transformers = need("transformers", "the comparison", "requirements-test.txt")
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     target, tokenizer = load_target(args.checkpoint, dtype)
