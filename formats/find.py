@@ -7,7 +7,7 @@ import torch
 
 from draft import Draft, load_draft
 from formats import huggingface, small_model
-from formats.pruned import lowest_ids
+from formats.pruned import common_ids
 from formats.tokens import Bytes
 from support.options import STATIC
 from support.store import load_target, load_version
@@ -28,7 +28,7 @@ def find_draft(name, target, size=0):
     if name == "none":
         return None, None
     if name == "scratch":
-        return Draft(target, vocabulary=lowest_ids(target.config, size) if size else None), None
+        return Draft(target, vocabulary=common_ids(target.config, size) if size else None), None
     name, state = STATIC.get(name, name), None
     if Path(name).is_dir() and not Path(name, "config.json").exists():
         name, state = load_version(Path(name))
