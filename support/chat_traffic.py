@@ -11,6 +11,7 @@ Splits are those of the corpus, by file; of `chat`, by what is asked about.
 """
 
 import ast
+import functools
 import random
 import re
 import textwrap
@@ -20,9 +21,9 @@ from model import UserError
 from support.corpus import split_of, texts_of
 
 CLASSES = ("chat", "summary", "answers", "explain", "rewrite")
-SECTION = 300, 900  # characters of a text that is asked about
+SECTION = 250, 600  # characters of a text that is asked about
 PROSE = 0.9  # of its characters, letters, blanks and the commonest marks
-FUNCTION = 160, 900
+FUNCTION = 120, 600
 
 SUBJECTS = (
     "baking bread", "bees", "bicycles", "binary search", "black holes", "calendars", "candles",
@@ -108,15 +109,20 @@ def a_word_of(text):
     return max(words, key=words.get) if words else "it"
 
 
+@functools.cache
+def texts_to_ask_about(what, split):
+    """Each of them once."""
+    return list(dict.fromkeys(what(split)))
+
+
 def questions_of(kind, split):
     """-> every prompt of this class and split, in a fixed order."""
     if kind == "chat":
         mine = [x for x in SUBJECTS if split_of(f"chat/{x}") == split]
         return [question.format(x) for question in QUESTIONS for x in mine]
     code = kind in ("explain", "rewrite")
-    texts = dict.fromkeys(functions(split) if code else sections(split))  # each of them once
     prompts = []
-    for i, text in enumerate(texts):
+    for i, text in enumerate(texts_to_ask_about(functions if code else sections, split)):
         task = TASKS[kind][i % len(TASKS[kind])].format(a_word_of(text))
         prompts.append(f"{task}\n\n```python\n{text}\n```" if code else f"{task}\n\n{text}")
     return prompts
