@@ -23,8 +23,8 @@ class ChatTemplate:
             named = {x.get("name"): x.get("template") for x in text if isinstance(x, dict)}
             text = named.get("default")
         if not isinstance(text, str):
-            raise UserError(f"{directory} has no chat template: leave --chat out, and write a "
-                            "prompt as the model expects it")
+            raise UserError(f"{directory} has no chat template: give --prompt or --prompts as the "
+                            "model expects them, without --chat or messages")
         sandbox = need("jinja2.sandbox", "a chat template")
         environment = sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
@@ -46,9 +46,7 @@ class ChatTemplate:
                          f"({type(error).__name__}: {reason})")
 
     def __call__(self, messages):
-        """messages: [{"role", "content"}], or a text, which the user says -> text"""
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
+        """messages: [{"role", "content"}] -> text, up to where the answer begins."""
         try:
             return self.template.render(
                 messages=messages, add_generation_prompt=True, **self.special)

@@ -27,9 +27,7 @@ import torch
 from tqdm import tqdm
 
 from draft import Draft
-from formats.chat import ChatTemplate
 from formats.export import write_head
-from formats.files import locate
 from formats.find import find_target
 from formats.pruned import common_ids
 from generation import Generation, Request
@@ -39,9 +37,10 @@ from rl import policy_gradient_loss
 from support import chat_traffic, options
 from support.command import command
 from support.draft_length import Plan
+from support.likeliest import likeliest, of_likeliest
 from support.precision import ready_to_serve
 from support.store import write
-from support.trace import Trace, of_answer
+from support.trace import Trace
 from support.training import fast_products, train
 
 HELD_OUT = 10  # of so many prompts of a class, one
@@ -61,29 +60,28 @@ class Question:
 # ---- answers -------------------------------------------------------------------------------------
 
 
-def pairs_of(args):
-    """-> [(class, held out, text)] and what makes a prompt of a text."""
-    chat = ChatTemplate(locate(args.target)) if args.chat or not args.prompts else str
-    rows, seen = [], Counter()
+def prompts_of(args):
+    """-> [(class, whether it is held out, text or messages)]"""
+    user, rows, seen = chat_traffic.user_says, [], Counter()
     if args.prompts:
-        for kind, text in options.read_prompts(args.prompts):
+        for kind, said in options.read_prompts(args.prompts):
             seen[kind] += 1
-            rows.append((kind, seen[kind] % HELD_OUT == 0, text))
-        return rows, chat
+            said = user(said) if args.chat and isinstance(said, str) else said
+            rows.append((kind, seen[kind] % HELD_OUT == 0, said))
+        return rows
     for kind in args.traffic.split(","):
         for split, count in (("train", args.requests), ("eval", -(-args.requests // HELD_OUT))):
             texts = chat_traffic.prompts_of(kind, split, count, args.seed)
-            rows += [(kind, split == "eval", text) for text in texts]
-    return rows, chat
+            rows += [(kind, split == "eval", user(text)) for text in texts]
+    return rows
 
 
 def questions(args, tokenizer, context):
     """What the target is asked, in batches of prompts about as long: [[Question]], in an order that
     has something of everything from the start."""
-    rows, chat = pairs_of(args)
-    found, asked = [], Counter()
-    for i, (kind, held_out, text) in enumerate(rows):
-        ids = options.encode(chat(text), tokenizer)
+    rows, found, asked = prompts_of(args), [], Counter()
+    for i, (kind, held_out, said) in enumerate(rows):
+        ids = options.encode(said, tokenizer)
         if len(ids) + args.max_new_tokens <= context:
             temperature = args.temperatures[asked[kind, held_out] % len(args.temperatures)]
             asked[kind, held_out] += 1
@@ -127,6 +125,7 @@ def answers(args, target, groups, folder):
     -> [(Question, Trace)]; their tensors are mapped, and read when they are used."""
     files = [folder / f"answers-{i:05d}.pt" for i in range(len(groups))]
     left = [(g, f) for g, f in zip(groups, files) if not f.exists()]
+    until = time.monotonic() + 60 * args.answer_minutes
     if left:
         minutes = foretell(target, [g for g, _ in left], args.max_new_tokens) / 60
         print(f"{sum(len(g) for g, _ in left)} answers of up to {args.max_new_tokens} tokens: "
@@ -135,6 +134,8 @@ def answers(args, target, groups, folder):
         bar.update(bar.total - sum(len(g) for g, _ in left))
         bar.unpause()
         for group, file in left:
+            if time.monotonic() > until:
+                break
             start = time.perf_counter()
             traces = ask(target, group, args.max_new_tokens)
             write(file, [vars(trace) for trace in traces])
@@ -143,6 +144,8 @@ def answers(args, target, groups, folder):
             bar.update(len(group))
     pairs = []
     for group, file in zip(groups, files):
+        if not file.exists():  # there was no time for it
+            continue
         stored = torch.load(file, weights_only=True, mmap=True)
         pairs += [(q, Trace(**fields)) for q, fields in zip(group, stored, strict=True)]
     return pairs
@@ -183,17 +186,21 @@ def train_head(args, target, draft, pairs, checkpoint):
     learned = [trace for q, trace in pairs if not q.held_out]
     held_out = [(q, trace) for q, trace in pairs if q.held_out]
 
-    def loss_of(trace, generator):
-        places = torch.arange(len(trace.ids) - trace.prompt_length)
-        some = torch.randperm(len(places), generator=generator)[:PLACES].sort().values
+    thoughts = [None] * len(learned)  # the target's, of each answer; once
+
+    def loss_of(i, generator):
+        trace = learned[i]
+        thoughts[i] = thoughts[i] or likeliest(trace, draft, target_head)
+        answer = len(trace.ids) - trace.prompt_length
+        places = torch.randperm(answer, generator=generator)[:PLACES].sort().values
         with fast_products():
-            sides = of_answer(trace, draft, target_head, K, places[some])
+            sides = of_likeliest(trace, draft, thoughts[i], K, places)
         return policy_gradient_loss(*sides, trace.temperature, "log", "target", "block")
 
     def batch_loss(step, progress):
         generator = torch.Generator().manual_seed(step)
         picks = torch.randint(len(learned), (ANSWERS,), generator=generator).tolist()
-        total = sum(loss_of(learned[i], generator) for i in picks) / ANSWERS
+        total = sum(loss_of(i, generator) for i in picks) / ANSWERS
         return total, sum(len(learned[i].ids) for i in picks)
 
     def evaluate():
@@ -222,6 +229,8 @@ def arguments(argv=None):
     add("--temperatures", type=options.temperature, nargs="+", default=[0.0, 0.7], metavar="T",
         help="that serve, by turns")
     add("--rows", type=options.whole(1), default=64, help="answers at once")
+    add("--answer-minutes", type=options.real(0, 1e5), default=1e5, metavar="MINUTES",
+        help="after which no more answers are begun")
     add("--minutes", type=options.real(0.01, 1e5), default=45, help="of training")
     add("--draft-vocab", type=options.whole(0), default=8192, metavar="N",
         help="ids that the head can say; 0 is all")

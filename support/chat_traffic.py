@@ -139,3 +139,7 @@ def prompts_of(kind, split, count, seed):
         raise UserError(f"the {split} text of this machine gives {len(prompts)} prompts of class "
                         f"{kind}, not {count}: ask for fewer, or give prompts of your own")
     return prompts[:count]
+
+
+def user_says(text):
+    return [{"role": "user", "content": text}]
