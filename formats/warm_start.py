@@ -4,7 +4,7 @@
     python aurora.py --target DIR --draft HEAD --prompts FILE
 
 1. The target answers the prompts, many at once.  One in ten is held out.
-2. The head's vocabulary: what the target said most often.
+2. The head's vocabulary: what prompts and answers hold most often.
 3. A head of random weights is trained on the answers, as pretrain.py trains the shipped ones.
 
 HEAD is an EAGLE-3 directory, as SGLang and vLLM read it, with record.json: what it was made of, and
@@ -44,8 +44,8 @@ from support.trace import Trace
 from support.training import fast_products, train
 
 HELD_OUT = 10  # of so many prompts of a class, one
-GLANCE = 6  # held-out answers a class that are looked at during training
-ANSWERS, PLACES = 8, 64  # of a step; round starts in each of them
+GLANCE = 2  # held-out answers a class that are looked at during training
+ANSWERS, PLACES = 4, 64  # of a step; round starts in each of them
 
 
 @dataclass
@@ -155,15 +155,18 @@ def answers(args, target, groups, folder):
 
 
 def vocabulary_of(config, traces, size):
-    """The ids that are said most often, (size,); None for all.  -> with the share of what was said
-    that they cover."""
-    said = torch.zeros(config.vocab_size, dtype=torch.int64)
-    for trace in traces:
-        said += torch.bincount(trace.ids[trace.prompt_length :], minlength=len(said))
+    """-> the commonest ids (size,), of prompts too, as those tell what other answers may say; None
+    for all."""
     if not size or size >= config.vocab_size:
-        return None, 1.0
-    vocabulary = common_ids(config, size, said)
-    return vocabulary, (said[vocabulary].sum() / said.sum()).item()
+        return None
+    ids = torch.cat([trace.ids for trace in traces])
+    return common_ids(config, size, torch.bincount(ids, minlength=config.vocab_size))
+
+
+def covered(vocabulary, traces):
+    """The share of what the answers say that is in the vocabulary."""
+    said = torch.cat([trace.ids[trace.prompt_length :] for trace in traces])
+    return 1.0 if vocabulary is None else torch.isin(said, vocabulary).float().mean().item()
 
 
 def lengths(draft, target_head, pairs, K, most=None):
@@ -255,16 +258,17 @@ def main(argv=None):
     same_as_before(args, groups, folder)
     pairs = answers(args, target, groups, folder)
     learned = [trace for q, trace in pairs if not q.held_out]
-    vocabulary, covered = vocabulary_of(target.config, learned, args.draft_vocab)
+    vocabulary = vocabulary_of(target.config, learned, args.draft_vocab)
+    share = covered(vocabulary, [trace for q, trace in pairs if q.held_out])
     draft = Draft(target, vocabulary=vocabulary)
     print(f"a head of {sum(p.numel() for p in draft.parameters()) / 1e6:.1f}M parameters, whose "
-          f"vocabulary is {covered:.1%} of what was said", flush=True)
+          f"vocabulary has {share:.1%} of what held-out answers say", flush=True)
     history, final = train_head(args, target, draft, pairs, folder / "training.ckpt")
     record = {
         "tokens_a_round": final, "chain": args.num_speculative_tokens, "rule": "block",
         "learned_from": {"answers": len(learned), "tokens": sum(len(x.committed) for x in learned)},
         "held_out": len(pairs) - len(learned), "minutes": args.minutes,
-        "vocabulary_covers": round(covered, 4), "history": history,
+        "vocabulary_covers": round(share, 4), "history": history,
     }
     write_head(draft.bfloat16(), args.out, target, record)
     print(f"tokens a round on held-out answers, K = {args.num_speculative_tokens}: "
