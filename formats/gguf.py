@@ -47,6 +47,9 @@ def check(path):
     if kind not in KINDS:
         raise UserError(f"{path}: a model of architecture {shorten(kind)} is not supported: "
                         f"expected {', '.join(KINDS)}")
+    for size in (f"{kind}.block_count", f"{kind}.embedding_length", "tokenizer.ggml.tokens"):
+        if size not in reader.fields:  # transformers would take a model of seven billion for it
+            raise UserError(f"{path} holds no {size}: it is no whole language model")
     for tensor in reader.tensors:
         try:
             gguf.dequantize(tensor.data[:1], tensor.tensor_type)
