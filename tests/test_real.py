@@ -65,8 +65,8 @@ def test_the_record_of_the_shipped_head():
 
 
 def test_the_command_line_answers_a_chat(directory, capsys):
-    aurora.main(["--target", str(directory), "--draft", "none", "--chat", "--prompt", QUESTION,
-                 "--max-new-tokens", "24", "--temperature", "0"])
+    aurora.main(["--target", str(directory), "--draft", "none", "--memory", "off", "--chat",
+                 "--prompt", QUESTION, "--max-new-tokens", "24", "--temperature", "0"])
     assert "list" in capsys.readouterr().out
 
 
