@@ -39,7 +39,6 @@ from support import explain, options, report
 from support.background import Background
 from support.build import kernel
 from support.command import command, complain, deaf
-from support.corpus import prompts_of
 from support.draft_length import HEAD, DraftLength, FixedLength
 from support.lineage import Lineage
 from support.precision import ready_to_serve, replay_dtype
@@ -129,19 +128,9 @@ def aurora(target, arm, learner, requests):
 
 
 def make_requests(args, tokenizer, context):
-    if args.prompt is not None:
-        pairs = [("prompt", args.prompt)]
-    elif args.prompts is not None:
-        pairs = options.read_prompts(args.prompts)
-    else:
-        pairs = []
-        for kind in args.traffic.split(","):
-            earlier = sum(k == kind for k, _ in pairs)
-            texts = prompts_of(kind, "traffic", earlier + args.requests, args.seed)
-            pairs += [(kind, text) for text in texts[earlier:]]
     requests = []
-    for i, (kind, text) in enumerate(pairs):
-        ids, seed = options.encode(text, tokenizer), args.seed * 1_000_003 + i
+    for i, (kind, said) in enumerate(options.prompts(args)):
+        ids, seed = options.encode(said, tokenizer), args.seed * 1_000_003 + i
         if len(ids) + args.max_new_tokens > context:
             raise UserError(f"a prompt of {len(ids)} tokens and --max-new-tokens "
                             f"{args.max_new_tokens} do not fit into the context of {context}")

@@ -189,15 +189,15 @@ class Draft(Proposer, nn.Module):
         own = torch.eye(R, dtype=torch.bool, device=tokens.device).expand(len(tokens), R, R)
         mask = additive(torch.cat([past] + [own] * (K - 1), dim=-1), q.dtype)[:, None]
 
-        logits = []
+        steps = []
         for k in range(K):
             if k > 0:
                 q, key, value = qkv(g, chains[:, :, k - 1], starts + k)
                 keys, values = torch.cat([keys, key], dim=1), torch.cat([values, value], dim=1)
             attended = attention.mix(q, keys, values, mask[..., : keys.shape[1]])
             g = layer.after_attention(g, attended)  # (B, R, D)
-            logits.append(self.logits(g))
-        logits = torch.stack(logits, dim=2)
+            steps.append(g)
+        logits = self.logits(torch.stack(steps, dim=2))  # (B, R, K, V): one product for all of them
         return logits if self.vocabulary is None else F.pad(logits, (0, 1), value=float("-inf"))
 
     def new_cache(self, batch, length):

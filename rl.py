@@ -77,11 +77,11 @@ def terms(draft_logits, target_logits, tokens, temperature, behaviour, rule):
 
     draft_q, p_over_b = log_q.exp(), torch.where(real, p_x / log_b.exp(), 0.0)
     U, log_Q, columns = torch.ones_like(p_x[:, 0]), torch.zeros_like(p_x[:, 0]), []
-    for j in range(tokens.shape[1]):
+    for j, (q_j, p_j) in enumerate(zip(draft_q.unbind(1), target_p.unbind(1))):  # (R, V) each
         carry = log_Q.clamp(max=LARGEST).exp() if rule == "block" else U
-        q_side, p_side = carry[:, None] * draft_q[:, j], U[:, None] * target_p[:, j]
+        q_side, p_side = carry[:, None] * q_j, U[:, None] * p_j
         A = lesser(q_side, p_side).sum(-1) * real[:, j]
-        under = torch.where(q_side < p_side, draft_q[:, j], 0.0).sum(-1).detach()
+        under = torch.where(q_side < p_side, q_j, 0.0).sum(-1).detach()
         columns.append((U, A, under))
         q_side = carry * log_ratio[:, j].clamp(max=LARGEST).exp()
         U = lesser(q_side, U * p_over_b[:, j]) * real[:, j]

@@ -54,12 +54,12 @@ class Ours:
         return 1 + sum(r.accepted for r in self.rounds) / len(self.rounds)
 
 
-def theirs(model, new, **more):
+def theirs(model, new, do_sample=False, **more):
     """The same, of transformers'."""
 
     def answer(ids):
         ids = torch.tensor([ids])
-        out = model.generate(ids, max_new_tokens=new, do_sample=False, **more)
+        out = model.generate(ids, max_new_tokens=new, do_sample=do_sample, **more)
         return out[0, ids.shape[1] :].tolist()
 
     return answer
@@ -137,7 +137,7 @@ def arguments(argv=None):
 def main(argv=None):
     args = arguments(argv)
     texts = [text for _, text in read_prompts(args.prompts)]
-    transformers = need("transformers", "the comparison")
+    transformers = need("transformers", "the comparison", "requirements-test.txt")
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     target, tokenizer = load_target(args.checkpoint, dtype)

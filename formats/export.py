@@ -52,8 +52,9 @@ def write_model(model, directory):
     write(directory, tensors, config=raw, generation_config=generation)
 
 
-def write_head(draft, directory, target):
-    """A head as an EAGLE-3 directory, without an embedding: engines take the target's."""
+def write_head(draft, directory, target, record=None):
+    """A head as an EAGLE-3 directory, without an embedding: engines take the target's.  record: of
+    how it was made, for record.json."""
     config, tensors = draft.config, dict(draft.state_dict())
     tensors |= to_offsets(tensors.pop("vocabulary", None), config.vocab_size)
     tensors["lm_head.weight"] = apart(tensors["lm_head.weight"], target.lm_head.weight)
@@ -61,7 +62,7 @@ def write_head(draft, directory, target):
         config, draft.fc.weight.dtype, architectures=["LlamaForCausalLMEagle3"],
         model_type="llama", draft_vocab_size=len(draft.lm_head.weight),
         eagle_aux_hidden_state_layer_ids=list(target.feature_layers))
-    write(directory, tensors, config=raw)
+    write(directory, tensors, config=raw, **({"record": record} if record else {}))
 
 
 def apart(head, other):

@@ -13,12 +13,11 @@ from pathlib import Path
 from model import UserError
 
 
-def need(module, what="this checkpoint"):
+def need(module, what="this checkpoint", where="requirements-hf.txt"):
     """An optional extra, or one line that says what to install."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        where = "requirements-test.txt" if module == "transformers" else "requirements-hf.txt"
         package = module.split(".")[0]
         raise UserError(f"{what} needs {package}: pip install -r {where}") from None
 

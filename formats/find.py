@@ -7,8 +7,10 @@ import torch
 
 from draft import Draft, load_draft
 from formats import huggingface, small_model
-from formats.pruned import lowest_ids
+from formats.gguf import is_gguf
+from formats.pruned import common_ids
 from formats.tokens import Bytes
+from model import UserError
 from support.options import STATIC
 from support.store import load_target, load_version
 
@@ -16,6 +18,10 @@ from support.store import load_target, load_version
 def find_target(name, dtype):
     """-> the target, on the CPU, and its tokenizer.  dtype: of a directory's weights, "auto" is as
     they are there; support/precision.py decides for good."""
+    gguf = next((path for path in (Path(name), *Path(name).glob("*.gguf")) if is_gguf(path)), None)
+    if gguf and not Path(name, "config.json").exists():
+        raise UserError(f"{gguf} is a GGUF: python -m formats.gguf {gguf} --out DIR makes a "
+                        "directory of it that --target takes")
     if not is_file(name):
         return huggingface.load_target(name, None if dtype == "auto" else getattr(torch, dtype))
     target = load_target(name)[0]
@@ -28,7 +34,7 @@ def find_draft(name, target, size=0):
     if name == "none":
         return None, None
     if name == "scratch":
-        return Draft(target, vocabulary=lowest_ids(target.config, size) if size else None), None
+        return Draft(target, vocabulary=common_ids(target.config, size) if size else None), None
     name, state = STATIC.get(name, name), None
     if Path(name).is_dir() and not Path(name, "config.json").exists():
         name, state = load_version(Path(name))

@@ -19,6 +19,7 @@ from formats.pruned import from_offsets
 from formats.small_model import SmallModel, same_vocabulary
 from formats.tokens import Bytes, Tokenizer
 from model import Config, Transformer, UserError, register_tables
+from support.costs import bytes_free
 from support.store import fill
 
 SIZES = {  # what config.json must say, and the most that can be meant
@@ -161,6 +162,7 @@ def load_model(directory, dtype, kind=Transformer):
     if dtype is None:
         short = all(t.dtype == torch.bfloat16 for t in tensors.values())
         dtype = torch.bfloat16 if short else torch.float32
+    check_memory(directory, tensors, dtype)
     for name in tensors:
         tensors[name] = tensors[name].to(dtype)
     if tied:
@@ -170,6 +172,15 @@ def load_model(directory, dtype, kind=Transformer):
         model.lm_head.weight = model.model.embed_tokens.weight
     register_tables(model, config)
     return model
+
+
+def check_memory(directory, tensors, dtype):
+    """Raises UserError where there is too little for the weights, before any of them is read."""
+    needed, free = sum(t.numel() for t in tensors.values()) * dtype.itemsize, bytes_free()
+    if free is not None and needed > free:
+        raise UserError(f"{directory}: its weights take {needed / 1e9:.1f} GB in "
+                        f"{str(dtype).removeprefix('torch.')}, and {free / 1e9:.1f} GB of memory "
+                        "are free")
 
 
 def load_target(name, dtype=torch.float32):

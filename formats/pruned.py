@@ -13,12 +13,16 @@ import torch
 from model import UserError
 
 
-def lowest_ids(config, N):
-    """The lowest N ids that may be said, the end tokens among them -> vocabulary (N,).
+def common_ids(config, N, said=None):
+    """The N ids that are said most often, the end tokens among them -> vocabulary (N,).
 
-    A byte-pair vocabulary is numbered in the order of its merges, so low ids are common ones."""
+    said (V,): how often each was; of equals, and where it is not known, the lowest: a byte-pair
+    vocabulary is numbered in the order of its merges, so low ids are common ones."""
     never = set(config.suppress_tokens)
     allowed = [i for i in range(config.vocab_size) if i not in never]
+    if said is not None:
+        count = said.tolist()
+        allowed.sort(key=lambda i: -count[i])
     if not 1 <= N <= len(allowed):
         raise UserError(f"--draft-vocab {N}: the target says only {len(allowed)} ids")
     ends = [i for i in config.eos_token_ids if i not in never]

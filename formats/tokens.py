@@ -1,11 +1,13 @@
-"""Text to token ids and back.  A tokenizer here is two methods:
+"""Text to token ids and back.  A tokenizer here is:
 
-encode(text) -> ids (list of int), the begin token first where the model has one;
+encode(text) -> ids (list of int), the begin token first where the tokenizer puts one;
+chat(messages) -> text, by the checkpoint's template; begin: the model's begin token, or None;
 stream() -> put(token) -> text, and end() -> what is left of it: text comes out in whole characters.
 """
 
 import codecs
 
+from formats.chat import ChatTemplate
 from formats.files import need
 from model import UserError
 
@@ -20,8 +22,14 @@ class Bytes:
                 f"begin token {config.bos_token_id}, expected 257 and 256"
             )
 
+        self.begin = 256
+
     def encode(self, text):
         return [256, *text.encode()]
+
+    def chat(self, messages):
+        raise UserError("this target reads bytes, and has no chat template: leave out --chat, "
+                        "messages, and the classes of --traffic that are chat")
 
     def stream(self):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -46,7 +54,11 @@ class Tokenizer:
         self.inner.no_truncation()
         self.inner.no_padding()
         self.begin, self.vocab_size = config.bos_token_id, config.vocab_size
-        self.directory = directory
+        self.directory, self.template = directory, None
+
+    def chat(self, messages):
+        self.template = self.template or ChatTemplate(self.directory)
+        return self.template(messages)
 
     def encode(self, text):
         """Special tokens may be written out, as chat templates do; a begin token is not doubled."""

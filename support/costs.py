@@ -20,6 +20,16 @@ def megabytes_held():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
+def bytes_free():
+    """What this machine could still give to a process; None where it does not say."""
+    try:
+        with open("/proc/meminfo") as lines:
+            found = dict(line.split(":") for line in lines)
+        return 1024 * int(found["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
 def table(lines, memory, held, seconds_writing, written):
     """lines: as --log has them; memory: the shared one or None; held: megabytes, by the learner's
     process; written: bytes -> {arm: its costs}.  What is written and held counts for the arm that

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from model import UserError
-from support.corpus import CLASSES
+from support import chat_traffic, corpus
 
 LEARN_EVERY = 48  # tokens of answers a step of the optimizer, for learners anywhere
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -80,10 +80,13 @@ def arguments(argv=None):
         help="that the shared memory holds, the oldest forgotten first")
 
     add = parser.add_argument_group("traffic").add_argument
-    add("--traffic", default=",".join(CLASSES), help="classes, one after the other")
+    add("--traffic", metavar="CLASSES", help="one after the other (default: "
+        f"{','.join(corpus.CLASSES)}; a checkpoint's is {','.join(chat_traffic.CLASSES)})")
     add("--requests", type=whole(1), default=8, help="of each class that --traffic names")
-    add("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with prompt and class")
+    add("--prompts", metavar="FILE",
+        help="a prompt a line, or .jsonl with class and prompt, or messages")
     add("--prompt", metavar="TEXT", help="answer this one, streaming")
+    add("--chat", action="store_true", help="prompts go into the checkpoint's chat template")
     add("--max-new-tokens", type=whole(1), default=96)
 
     add = parser.add_argument_group("decoding").add_argument
@@ -127,6 +130,8 @@ def arguments(argv=None):
         raise UserError("--num-speculative-tokens K is the head's: it needs a --draft, and goes "
                         "with no --memory but off")
     args.memory = args.memory or ("off" if fixed else "shared")
+    own = corpus if os.path.isfile(args.target) else chat_traffic
+    args.traffic = args.traffic or ",".join(own.CLASSES)
     args.device = "cpu" if args.device.startswith("cpu:") else args.device
     how_fast(args)
     check(args)
@@ -140,9 +145,10 @@ def how_fast(args):
 
 def check(args):
     """Raises UserError for flags that do not go together, and for what cannot be written."""
+    kinds = corpus.CLASSES + chat_traffic.CLASSES
     for kind in args.traffic.split(","):
-        if kind not in CLASSES:
-            raise UserError(f"--traffic {kind}: expected some of {','.join(CLASSES)}")
+        if kind not in kinds:
+            raise UserError(f"--traffic {kind}: expected some of {','.join(kinds)}")
     files = [path for path in (args.report, args.log) if path is not None]
     if args.prompt is not None and (args.prompts or files or args.save or args.export):
         raise UserError("--prompt only answers: it goes with none of --prompts, --report, --log, "
@@ -202,28 +208,60 @@ def check_device(device):
         raise UserError(f"--device {device} is not to be had here; try --device cpu") from None
 
 
+def prompts(args):
+    """-> [(class, what is said)]: a text as it is, or messages for the chat template."""
+    if args.prompt is not None:
+        pairs = [("prompt", args.prompt)]
+    elif args.prompts is not None:
+        pairs = read_prompts(args.prompts)
+    else:
+        pairs = []
+        for kind in args.traffic.split(","):
+            source = corpus if kind in corpus.CLASSES else chat_traffic
+            earlier = sum(k == kind for k, _ in pairs)
+            texts = source.prompts_of(kind, "traffic", earlier + args.requests, args.seed)
+            said = texts if source is corpus else map(chat_traffic.user_says, texts)
+            pairs += [(kind, x) for x in said][earlier:]
+    user = chat_traffic.user_says
+    return [(kind, user(x) if args.chat and isinstance(x, str) else x) for kind, x in pairs]
+
+
 def read_prompts(path):
-    """-> [(class, text)]"""
+    """-> [(class, text or messages)]"""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         lines = [line for line in lines if line.strip()]
         pairs = [("prompts", line) for line in lines]
         if path.lower().endswith(".jsonl"):
             objects = [json.loads(line) for line in lines]
-            pairs = [(o.get("class", "prompts"), o["prompt"]) for o in objects]
-            pairs = [(str(k) if isinstance(k, int) else k, text) for k, text in pairs]
+            pairs = [(o.get("class", "prompts"), messages_in(o) or o["prompt"]) for o in objects]
+            pairs = [(str(k) if isinstance(k, int) else k, said) for k, said in pairs]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f'{path}: expected UTF-8 text, a prompt a line, or in a .jsonl an object '
-                        'with "prompt" a line') from None
-    if not pairs or not all(isinstance(x, str) and x for pair in pairs for x in pair):
+                        'with "prompt" or "messages" a line') from None
+    texts = [x for pair in pairs for x in pair if not isinstance(x, list)]
+    if not pairs or not all(isinstance(x, str) and x for x in texts):
         raise UserError(f"{path}: a prompt or class that is empty or no text, or none at all")
     return pairs
 
 
-def encode(text, tokenizer):
-    """-> token ids, at least two: one that the target has read, and one that follows it."""
+def messages_in(content):
+    """The messages of a line of a .jsonl, None if it has none.  ValueError if they are not such."""
+    messages = content.get("messages")
+    for message in messages or ():
+        if not all(isinstance(message[key], str) for key in ("role", "content")):
+            raise ValueError
+    if messages is not None and not (isinstance(messages, list) and messages):
+        raise ValueError
+    return messages
+
+
+def encode(said, tokenizer):
+    """A text, or messages -> token ids, at least two: one that the target has read, and one that
+    follows it.  A prompt of one token follows the begin token."""
+    text = said if isinstance(said, str) else tokenizer.chat(said)
     if not text:
         raise UserError("the prompt is empty: give at least one character")
     try:
@@ -231,6 +269,9 @@ def encode(text, tokenizer):
     except UnicodeEncodeError:
         raise UserError("the prompt is not valid Unicode text") from None
     ids = tokenizer.encode(text)
+    if len(ids) == 1 and tokenizer.begin not in (None, ids[0]):
+        ids = [tokenizer.begin, *ids]
     if len(ids) < 2:
-        raise UserError(f"the prompt {text!r} is only {len(ids)} token: give at least two")
+        raise UserError(f"the prompt {text!r} is only {len(ids)} token, and the model has no begin "
+                        "token to put before it: give at least two")
     return ids

@@ -8,7 +8,7 @@ import torch
 
 from draft import Draft, head_config
 from formats import export, huggingface
-from formats.pruned import from_offsets, lowest_ids, to_offsets
+from formats.pruned import from_offsets, common_ids, to_offsets
 from support.draft_length import FixedLength
 from tests.test_formats import edit, hf_model, refused
 from tests.tiny import play, request, tiny_target
@@ -274,11 +274,11 @@ def test_ids_in_place_of_offsets_are_told_by_t2d(ids):
             from_offsets(ids - torch.arange(len(ids)), t2d, 10, "here")
 
 
-def test_the_lowest_ids_are_those_that_may_be_said_and_the_ends(target):
+def test_the_common_ids_are_those_that_may_be_said_and_the_ends(target):
     config = replace(target.config, vocab_size=10, eos_token_ids=(8, 1), suppress_tokens=(0, 3, 1))
-    assert lowest_ids(config, 4).tolist() == [2, 4, 5, 8]
-    assert lowest_ids(config, 1).tolist() == [8]
-    assert lowest_ids(config, 7).tolist() == [2, 4, 5, 6, 7, 8, 9]
+    assert common_ids(config, 4).tolist() == [2, 4, 5, 8]
+    assert common_ids(config, 1).tolist() == [8]
+    assert common_ids(config, 7).tolist() == [2, 4, 5, 6, 7, 8, 9]
     for N in (8, 0, -1):
         with refused("says only 7 ids"):
-            lowest_ids(config, N)
+            common_ids(config, N)
