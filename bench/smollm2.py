@@ -211,7 +211,7 @@ def arguments(argv=None):
     add("--fetch", action="store_true", help="fetch and convert the model, and end")
     add("--draft", default=str(HEAD), metavar="DIR")
     add("--traffic", default=",".join(chat_traffic.CLASSES), help="classes, one after the other")
-    add("--requests", type=options.whole(1), default=4, help="of each class and temperature")
+    add("--requests", type=options.whole(1), default=3, help="of each class and temperature")
     add("--max-new-tokens", type=options.whole(2), default=64)
     add("--temperatures", type=options.temperature, nargs="+", default=[0.0, 0.7], metavar="T")
     add("--lookup", type=options.whole(1), default=8, metavar="K", help="of prompt lookup")
