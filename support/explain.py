@@ -80,7 +80,8 @@ def words(line):
         return f"learning stopped: {shown(line['reason'])}"
     if event == "rolled back":
         return f"version {line['parent']} again, instead of {line['instead_of']}"
-    return "kept on the disk"
+    lost = line.get("lost")
+    return "kept on the disk" + (f", without the learner's state: {shown(lost)}" if lost else "")
 
 
 class Shifts:

@@ -5,7 +5,8 @@
     set aside    it is no longer ahead: what the run began with serves again
     dropped      it is clearly behind: it is gone, and learning pauses
     stopped      learning did, `reason` says why; serving went on
-    kept         what served last is on the disk under this number
+    kept         what served last is on the disk under this number; `lost` says why the learner's
+                 state is not, if it is not
     rolled back  an older version is the latest again, as a new one
 
 A line tells version, parent and time of each; of what was learned, all that led to it: the requests
@@ -124,11 +125,13 @@ class Lineage:
         self.clear()
         return told
 
-    def keep(self, number, draft, costs):
-        """The run is over, and what served last is on the disk."""
+    def keep(self, number, draft, costs, lost):
+        """The run is over, and what served last is on the disk.  lost: the error that kept the
+        learner's state from it, or None."""
         parent, self.version = self.version, number
         weights = hash_of_weights(draft.state_dict())
-        self.write("kept", parent, sha256=weights, **self.told(), costs=costs)
+        self.write("kept", parent, sha256=weights, **self.told(), costs=costs,
+                   lost=lost and str(lost))
 
     def write(self, event, parent, **more):
         if self.broken:
