@@ -145,7 +145,8 @@ def test_a_crash_loses_no_line_and_its_numbers_are_not_given_again(files, tmp_pa
     given = [line["version"] for line in lineage.read(run.kept) if line["event"] == "learned"]
     assert served > 0 and given == list(range(1, given[-1] + 1)) and given[-1] >= served
     aurora.main(flags(files, "few", "--no-gate", "--save", run.kept))
-    events = [(line["event"], line["version"]) for line in lineage.read(run.kept)]
+    events = [(line["event"], line["version"]) for line in lineage.read(run.kept)
+              if line["event"] not in ("slower", "faster")]
     assert events[len(given) + 1] == ("began", None)
     assert events[len(given) + 2] == ("learned", given[-1] + 1)
 
