@@ -237,9 +237,11 @@ def run(target, arm, learner, state, requests, others, args, store):
 
     def keep():
         with journal.writing():
-            number = store.write(arm.version, arm.draft, state)
+            number, lost = store.write(arm.version, arm.draft, state)
         journal.written += store.written + lineage.written
-        lineage.keep(number, arm.draft, journal.costs())
+        lineage.keep(number, arm.draft, journal.costs(), lost)
+        if lost:
+            raise lost
 
     steps = [learned] if learner else []
     steps += [keep] if store else []

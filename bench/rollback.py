@@ -20,18 +20,19 @@ import random
 from statistics import fmean
 
 import torch
+from tqdm import tqdm
 
 import aurora
+from bench.learners import answered
 from formats.find import find_draft, find_target
-from generation import Generation
 from learner import expected_length
 from model import TargetHead
 from support import options
-from support.draft_length import FixedLength
 from support.gate import Gate
 from support.precision import ready_to_serve
 
 ANSWERS, BEFORE = 200, 100
+BATCH = 16  # answers decoded together
 
 
 def false_alarms(draw, streams):
@@ -89,6 +90,7 @@ def disturbed(draft, size):
 
 
 def lengths(draft, traces, head):
+    traces = tqdm(traces, unit="answer", leave=False, disable=None)
     return [expected_length(draft, trace, head, 5, "block") for trace in traces]
 
 
@@ -97,12 +99,9 @@ def real(args, answers, streams):
     target = ready_to_serve(target, args.device, args.dtype)
     args.requests = answers
     draft, head, traces = find_draft(args.draft, target)[0], TargetHead(target), []
-    for request in aurora.make_requests(args, tokenizer, target.config.max_position_embeddings):
-        generation = Generation(target, None, [request])
-        while not generation.done:
-            drafted = generation.draft_tokens(FixedLength(0).choose({}))
-            generation.commit(drafted, *generation.verify(drafted))
-        traces.append(generation.trace())
+    requests = aurora.make_requests(args, tokenizer, target.config.max_position_embeddings)
+    for i in tqdm(range(0, len(requests), BATCH), unit="batch", disable=None):
+        traces += answered(target, requests[i : i + BATCH])
     began, draws = lengths(draft, traces, head), random.Random(0)
 
     def differences(size):

@@ -50,7 +50,7 @@ def table(lines):
         when = time.strftime("%m-%d %H:%M:%S", time.localtime(line["time"]))
         fed = str(len(line["requests"])) if "requests" in line else "-"
         story = [*shifts.of(line), words(line)]
-        if plain and speed < plain:
+        if plain and speed < plain and line["event"] not in ("slower", "faster"):
             story.append("slower than plain decoding")
         yield form.format(
             number(line["version"], ".0f"), number(line["parent"], ".0f"), when, fed,
@@ -78,9 +78,14 @@ def words(line):
         return f"taken back and dropped: behind by {-mean:.2f} tokens a round; learning pauses"
     if event == "stopped":
         return f"learning stopped: {shown(line['reason'])}"
+    if event == "slower":
+        return "the last 8 answers took longer than plain decoding would have"
+    if event == "faster":
+        return "faster than plain decoding again"
     if event == "rolled back":
         return f"version {line['parent']} again, instead of {line['instead_of']}"
-    return "kept on the disk"
+    lost = line.get("lost")
+    return "kept on the disk" + (f", without the learner's state: {shown(lost)}" if lost else "")
 
 
 class Shifts:

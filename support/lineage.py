@@ -4,8 +4,11 @@
     learned      what was learned serves from here on, or serves better learned
     set aside    it is no longer ahead: what the run began with serves again
     dropped      it is clearly behind: it is gone, and learning pauses
+    slower       the last 8 answers made fewer tokens a second than plain decoding, however many of
+                 them were accepted; `faster` says when they make more again
     stopped      learning did, `reason` says why; serving went on
-    kept         what served last is on the disk under this number
+    kept         what served last is on the disk under this number; `lost` says why the learner's
+                 state is not, if it is not
     rolled back  an older version is the latest again, as a new one
 
 A line tells version, parent and time of each; of what was learned, all that led to it: the requests
@@ -25,6 +28,7 @@ from pathlib import Path
 import torch
 
 NAME = "lineage.jsonl"
+ANSWERS, CLEARLY = 8, 0.05  # behind plain decoding, or ahead of it, by such a share
 
 
 def private(path, flags):
@@ -76,7 +80,7 @@ class Lineage:
         self.directory, self.version = directory, version  # of what serves; None: it has none yet
         self.rule, self.estimator = args.rule, args.estimator
         self.number, self.request = -1, None  # the last one that was served
-        self.broken = self.stopped = False
+        self.broken = self.stopped = self.slow = False
         self.written = 0  # bytes
         self.clear()
         weights = hash_of_weights(draft.state_dict())
@@ -90,6 +94,18 @@ class Lineage:
         """One more answer; what the learner made of the one before; why it stopped, if it has."""
         self.learn(served.outcome, speeds, trouble)
         self.number, self.request = self.number + 1, served.request
+        self.watch(speeds)
+
+    def watch(self, speeds):
+        """Acceptance is not all: what it costs may be more than it brings."""
+        plain = speeds["plain_tokens_per_second"]
+        if plain is None or self.number + 1 < ANSWERS:
+            return
+        ratio = speeds["tokens_per_second"] / plain
+        slow = ratio < 1 + CLEARLY if self.slow else ratio < 1 - CLEARLY
+        if slow != self.slow:
+            self.slow = slow
+            self.write("slower" if slow else "faster", self.version, **speeds)
 
     def learn(self, outcome, speeds, trouble):
         if outcome:
@@ -124,11 +140,13 @@ class Lineage:
         self.clear()
         return told
 
-    def keep(self, number, draft, costs):
-        """The run is over, and what served last is on the disk."""
+    def keep(self, number, draft, costs, lost):
+        """The run is over, and what served last is on the disk.  lost: the error that kept the
+        learner's state from it, or None."""
         parent, self.version = self.version, number
         weights = hash_of_weights(draft.state_dict())
-        self.write("kept", parent, sha256=weights, **self.told(), costs=costs)
+        self.write("kept", parent, sha256=weights, **self.told(), costs=costs,
+                   lost=lost and str(lost))
 
     def write(self, event, parent, **more):
         if self.broken:

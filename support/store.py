@@ -150,11 +150,15 @@ class Store:
         self.lock.close()
 
     def write(self, version, draft, state):
-        """state: the learner's, None if there is none.  -> the number that it was kept under."""
-        return self.keep(max(version, self.first), draft.config, draft.state_dict(),
-                         {"version": version}, state)
+        """state: the learner's, None if there is none.  -> the number that it was kept under, and
+        the OSError that kept its state from the disk, None if nothing did."""
+        number = max(version, self.first)
+        return number, self.keep(number, draft.config, draft.state_dict(), {"version": version},
+                                 state)
 
     def keep(self, number, config, weights, record, state):
+        """-> the OSError that kept the learner's state from the disk, or None.  OSError if the
+        draft cannot be written either; then the number is nobody's."""
         name, trouble = f"v{number:06d}", None
         try:
             if state is not None:
@@ -163,10 +167,8 @@ class Store:
             trouble = error
         save(self.directory / name / "draft.pt", config, weights, record)
         write(self.directory / "latest", name + "\n")
-        if trouble:
-            raise trouble
         self.written += sum(path.stat().st_size for path in (self.directory / name).iterdir())
-        return number
+        return trouble
 
     def roll_back(self, number):
         """A version that was kept is the latest again, under a new number; nothing is lost."""
@@ -181,9 +183,12 @@ class Store:
             state["version"] = self.first
         latest = self.directory / "latest"
         before = number_of(Path(latest.read_text().strip())) if latest.is_file() else None
-        self.keep(self.first, config, weights, record | {"version": self.first}, state)
+        record["version"] = self.first
+        trouble = self.keep(self.first, config, weights, record, state)
         lineage.append(self.directory, "rolled back", self.first, number, instead_of=before,
-                       sha256=lineage.hash_of_weights(weights))
+                       sha256=lineage.hash_of_weights(weights), lost=trouble and str(trouble))
+        if trouble:
+            raise trouble
         return f"version {number} is the latest again, as version {self.first}"
 
 

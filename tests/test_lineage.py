@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import struct
+from argparse import Namespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from model import UserError
 from support import explain, lineage
 from support.store import load, save
 
-from .tiny import tiny_target
+from .tiny import tiny_draft, tiny_target
 
 BYTES = dict(
     vocab_size=257, bos_token_id=256, suppress_tokens=(256,), max_position_embeddings=512
@@ -135,6 +136,25 @@ def test_explain_tells_every_change_and_a_curve_a_class(folder, capsys):
     assert "version 7, " in out and "gradient norm" in out and out.count("  request ") == 1
 
 
+def test_what_is_slower_than_plain_decoding_is_told_once_and_so_is_its_end(tmp_path):
+    """Tokens a second over plain's, answer by answer; nothing is said before the eighth, without a
+    plain answer to compare with, and of what is within 5 % of plain."""
+    draft = tiny_draft(tiny_target())
+    args = Namespace(draft="x", rule="block", estimator="expected")
+    story = lineage.Lineage(tmp_path, args, draft, 3)
+    served, told = Namespace(outcome=None, request=None), []
+    for ratio in [0.5] * 9 + [None, 0.96, 1.04, 0.9, 1.06, 0.96, 0.94]:
+        plain = None if ratio is None else 40.0
+        story.serve(served, {"tokens_per_second": 40 * (ratio or 0.1),
+                             "plain_tokens_per_second": plain}, None)
+        told.append(len(lineage.read(tmp_path)) - 1)
+    assert told == [0] * 7 + [1] * 6 + [2, 2, 3]
+    lines = lineage.read(tmp_path)[1:]
+    assert [line["event"] for line in lines] == ["slower", "faster", "slower"]
+    assert [line["tokens_per_second"] for line in lines] == pytest.approx([20, 42.4, 37.6])
+    assert {line["version"] for line in lines} == {3}
+
+
 def told(lengths):
     """What --explain says of one class of text, answer by answer, if a draft that does not learn
     can be expected to make so many tokens a round."""
@@ -159,7 +179,8 @@ def test_steady_text_hardly_ever_shifts():
 def test_each_kind_of_change_has_its_words():
     line = {"gate_mean": -0.3, "reason": "it hung", "draft": "static", "instead_of": 7, "parent": 2}
     words = {event: explain.words({"event": event} | line) for event in (
-        "began", "learned", "set aside", "dropped", "stopped", "kept", "rolled back")}
+        "began", "learned", "set aside", "dropped", "stopped", "kept", "rolled back", "slower",
+        "faster")}
     assert "behind by 0.30" in words["dropped"] and "it hung" in words["stopped"]
     assert "version 2 again, instead of 7" in words["rolled back"]
-    assert len(set(words.values())) == 7
+    assert len(set(words.values())) == 9
