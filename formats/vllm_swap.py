@@ -26,11 +26,11 @@ class Swap:
         start, runner = time.perf_counter(), self.model_runner
         target, draft = runner.model, runner.drafter.model
         check_apart(draft, target)
-        tensors = read_head(directory, draft.lm_head.weight, draft.model.fc.weight)
+        config = runner.vllm_config.speculative_config.draft_model_config
+        tensors = read_head(directory, draft.config, runner.model_config.get_hidden_size())
         with torch.no_grad():
             reload.initialize_layerwise_reload(draft)
             draft.load_weights(tensors.items())
-            config = runner.vllm_config.speculative_config.draft_model_config
             reload.finalize_layerwise_reload(draft, config)
         return time.perf_counter() - start
 
@@ -38,25 +38,27 @@ class Swap:
 def check_apart(draft, target):
     """Raises UserError if the draft's lm_head is the target's: vLLM makes them one if they are
     equal at load, and what is loaded into the draft changes the target's answers."""
-    if draft.lm_head.weight.data_ptr() == target.lm_head.weight.data_ptr():
+    own, other = draft.lm_head, target.lm_head
+    if own is other or own.weight is other.weight:
         raise UserError("the draft's lm_head is the target's own: start the engine with a head "
                         "that this project exported")
 
 
-def read_head(directory, lm_head, fc):
-    """-> {name: tensor}, finite.  lm_head, fc: the matrices that serve, whose widths it must have;
-    the engine pads the rows of its lm_head."""
+def read_head(directory, config, target_width):
+    """-> {name: tensor}, finite.  config: the draft's that serves, whose sizes the head must have;
+    its matrices have others, where the engine has packed them for its processor."""
     path = Path(directory) / "model.safetensors"
     try:
         tensors = need("safetensors.torch", "a swap").load(path.read_bytes())
     except Exception as error:  # half of a file, or what has never been one
         raise UserError(f"{path} is no whole safetensors file ({type(error).__name__})") from None
-    nothing = torch.empty(0, 0)
-    head, fuse = (tensors.get(f"{name}.weight", nothing).shape for name in ("lm_head", "fc"))
-    fits = len(head) == 2 and head[1] == lm_head.shape[1] and 0 < head[0] <= len(lm_head)
-    if not fits or fuse != fc.shape:
-        raise UserError(f"{path} does not fit the draft that serves: lm_head.weight {tuple(head)}, "
-                        f"fc.weight {tuple(fuse)}")
+    sizes = {"lm_head.weight": (config.draft_vocab_size, config.hidden_size),
+             "fc.weight": (config.hidden_size, 3 * target_width)}
+    for name, size in sizes.items():
+        if name not in tensors or tensors[name].shape != size:
+            found = tuple(tensors[name].shape) if name in tensors else "missing"
+            raise UserError(f"{path} does not fit the draft that serves: {name} is {found}, "
+                            f"expected {size}")
     bad = [name for name, tensor in tensors.items()
            if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
