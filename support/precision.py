@@ -5,6 +5,7 @@ makes nine tokens cost hardly more than one."""
 import copy
 import functools
 import time
+import warnings
 from statistics import median
 
 import torch
@@ -14,6 +15,9 @@ from model import by_columns, rope_at
 SMALL = 50e6  # parameters, below which a second thread gains nothing
 TRIED = 100e6  # bytes of layers that are timed: more than a cache holds
 ROUND, TIMES = 5, 7  # tokens a forward pass; passes
+
+# Under autocast a norm's weight stays float32 and what it weighs need not: as it is meant.
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
 
 
 @functools.cache
