@@ -270,7 +270,7 @@ def test_law_of_generated_text_is_the_targets(plans, rule, B=4000):
     target = tiny_target(gain=2.0, vocab_size=5, bos_token_id=4, suppress_tokens=(4,))
     draft, prompt = tiny_draft(target), [4, 1, 2, 0, 3, 1, 2, 0]
     shared = Memory(1000)
-    shared.remember([1, 2, 0, 0, 3, 0, 1, 1, 2, 0, 2, 2, 1, 2, 0, 1, 3, 1])
+    shared.remember([1, 2, 0, 0, 3, 0, 1, 1, 2, 0, 1, 2, 1, 2, 0, 1, 3, 1])
     requests = [request(7, 3, seed, 0.8) for seed in range(B)]
     for r in requests:
         r.prompt = prompt
